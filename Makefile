@@ -1,0 +1,29 @@
+# `make demo` makes a picture, `make test` runs the tests; both set up .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test slow clean
+
+demo: $(VENV)/installed
+	$(BIN)/sd3min generate "a red star above a blue circle on white" --seed 1 --out demo.png
+
+test: $(VENV)/tested
+	$(BIN)/python -m pytest -q
+
+slow: $(VENV)/tested
+	$(BIN)/python -m pytest -q -m slow
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch --constraint constraints.txt
+	$(BIN)/pip install --quiet --editable . --constraint constraints.txt
+	touch $@
+
+$(VENV)/tested: $(VENV)/installed
+	$(BIN)/pip install --quiet --editable ".[dev]" --constraint constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo.png

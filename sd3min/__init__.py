@@ -1,0 +1,18 @@
+"""Stable Diffusion 3 from scratch: the MMDiT, the rectified-flow sampler and everything between prompt and picture."""
+
+from sd3min import flow
+from sd3min.checkpoint import load_autoencoder, load_mmdit, load_text_encoders
+from sd3min.config import Refusal
+from sd3min.pipeline import Pipeline, load, save
+
+__all__ = [
+    "Pipeline",
+    "Refusal",
+    "flow",
+    "load",
+    "load_autoencoder",
+    "load_mmdit",
+    "load_text_encoders",
+    "save",
+]
+__version__ = "0.1.0"

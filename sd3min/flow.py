@@ -1,0 +1,130 @@
+"""Rectified flow: the straight path from data to noise, and the way back.
+
+Time t runs from 0 (data) to 1 (noise). On a straight path the noise level σ of other papers is t itself. Everything
+here is a function of tensors, or of a function `velocity(latents, t)`; no network is known.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+TRAINED_TIMES = 1000  # times that the networks were trained on, and the unit of their input: 1000·t
+
+Latents = Float[Tensor, "b c h w"]
+Velocity = Callable[[Tensor, Tensor], Tensor]
+T = TypeVar("T", float, np.ndarray, Tensor)
+
+
+def interpolate(data: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
+    """z_t = (1 − t)·x0 + t·ε, the straight path (paper §3, "Rectified Flow")."""
+    return (1 - t) * data + t * noise
+
+
+def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
+    """dz_t/dt = ε − x0, what the network learns (paper §2, Eq. 8, on the straight path)."""
+    return noise - data
+
+
+def denoise(latents: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
+    """The picture that the velocity points at: x0 = z_t − t·v, the straight path followed back to t = 0."""
+    return latents - t * velocity
+
+
+def shift_times(t: T, shift: float) -> T:
+    """t ↦ α·t / (1 + (α − 1)·t): a picture of more pixels needs more noise to look as noisy (paper §5.3.2, Eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def official_times(steps: int, shift: float) -> np.ndarray:
+    """Times before the shift, as the official code and diffusers place them: from t = 1 down to shift(1/1000).
+
+    The last time is the smallest trained one *after* its shift, and the whole row is then shifted once more. This
+    double shift looks like an oversight, but every released picture was made with it: at shift 3 and 28 steps the last
+    step starts from t = 0.0089 and not from 0.0030.
+    """
+    first, last = shift_times(np.array([1.0, 1 / TRAINED_TIMES], dtype=np.float32), shift)
+    return (
+        np.linspace(float(first) * TRAINED_TIMES, float(last) * TRAINED_TIMES, steps)
+        / TRAINED_TIMES
+    )
+
+
+def single_shift_times(steps: int, shift: float) -> np.ndarray:
+    """Times before the shift, evenly from t = 1 down to the smallest trained one, 1/1000."""
+    return np.linspace(1.0, 1 / TRAINED_TIMES, steps)
+
+
+SCHEDULES = {"official": official_times, "single_shift": single_shift_times}
+
+
+def sigmas(
+    steps: int | Sequence[float], shift: float = 3.0, schedule: str = "official"
+) -> Float[Tensor, " times"]:
+    """Times of a run in float32, from noise to data: `steps` of them and a last 0.
+
+    A sequence in place of a number gives the times themselves, before the shift, as in diffusers.
+    """
+    times = (
+        SCHEDULES[schedule](steps, shift)
+        if isinstance(steps, int)
+        else np.array(steps, dtype=np.float64)
+    )
+    return torch.tensor([*shift_times(times, shift), 0.0], dtype=torch.float32)
+
+
+def guide(velocity: Velocity, scale: float) -> Velocity:
+    """Classifier-free guidance: v = v₋ + s·(v₊ − v₋), both from one pass over a doubled batch.
+
+    `velocity` sees the latents twice: its first half must answer to the negative prompt, the second to the prompt. A
+    scale of 1 or less leaves the conditional alone, and `velocity` sees the latents once.
+    """
+    if scale <= 1:
+        return velocity
+
+    def guided(latents: Tensor, t: Tensor) -> Tensor:
+        negative, positive = velocity(torch.cat([latents, latents]), t).chunk(2)
+        return negative + scale * (positive - negative)
+
+    return guided
+
+
+class Step(NamedTuple):
+    """One step of a run: its number from 0, its time, the latents it started from and what the network made of them."""
+
+    index: int
+    t: Tensor
+    latents: Tensor
+    velocity: Tensor
+    denoised: Tensor
+
+
+def euler(latents: Tensor, velocity: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    """One step along the tangent, dz = v·dt (paper §2, Eq. 1), added and kept in float32."""
+    return (latents.float() + (t_next - t) * velocity).float()
+
+
+SAMPLERS = {"euler": euler}
+
+
+def steps(
+    velocity: Velocity, noise: Tensor, sigmas: Tensor, sampler: str = "euler"
+) -> Iterator[tuple[Step, Tensor]]:
+    """Follow the velocity from the first time to the last, giving each step and the latents it leads to."""
+    latents = noise
+    for index, (t, t_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        v = velocity(latents, t)
+        step = Step(index, t, latents, v, denoise(latents, v, t))
+        latents = SAMPLERS[sampler](latents, v, t, t_next)
+        yield step, latents
+
+
+def sample(velocity: Velocity, noise: Latents, sigmas: Tensor, sampler: str = "euler") -> Latents:
+    """Solve dz = v(z, t)·dt from noise to data."""
+    latents = noise
+    for _, latents in steps(velocity, noise, sigmas, sampler):  # noqa: B007
+        pass
+    return latents

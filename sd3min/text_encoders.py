@@ -1,0 +1,128 @@
+"""The three text encoders: prompts to a context of token rows and one pooled vector (paper §4, App. B.2).
+
+Both CLIPs give their second-last layer, without the final norm, side by side and padded with zeros to T5's width; T5's
+rows follow below them. The pooled vector is CLIP-L's, not projected, beside CLIP-G's, projected. Padding is attended to.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
+
+from sd3min.config import HEAD_WIDTH, CLIPConfig, T5Config
+
+ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
+
+
+class Conditioning(NamedTuple):
+    """What the prompts say to the network: rows for attention and one vector for modulation."""
+
+    context: Float[Tensor, "b l c"]
+    pooled: Float[Tensor, "b p"]
+
+
+def clip(config: CLIPConfig, part: str) -> CLIPTextModelWithProjection:
+    """A CLIP text encoder, `part` "clip_l" or "clip_g", that pools where the largest id stands: the end of the text."""
+    return CLIPTextModelWithProjection(
+        transformers.CLIPTextConfig(
+            vocab_size=config.vocabulary,
+            hidden_size=config.width,
+            intermediate_size=config.mlp_width,
+            projection_dim=config.width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.width // HEAD_WIDTH,
+            max_position_embeddings=config.length,
+            hidden_act=ACTIVATIONS[part],
+            bos_token_id=0,
+            eos_token_id=2,  # transformers' sign for "the largest id", and not an id itself
+        )
+    )
+
+
+def t5(config: T5Config) -> T5EncoderModel:
+    """The encoder half of a T5 v1.1."""
+    return T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=config.vocabulary,
+            d_model=config.width,
+            d_kv=HEAD_WIDTH,
+            d_ff=config.mlp_width,
+            num_layers=config.layers,
+            num_heads=config.heads,
+            relative_attention_num_buckets=config.distances,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int, name: str
+) -> Tensor:
+    """Ids of the prompts, cut or padded to `length` as the tokenizer pads; a cut is one warning that quotes it."""
+    whole = tokenizer(list(prompts), return_offsets_mapping=True)
+    cut = [
+        prompt[offsets[length - 1][0] :].strip()  # the last place belongs to the end of the text
+        for prompt, offsets in zip(prompts, whole["offset_mapping"], strict=True)
+        if len(offsets) > length
+    ]
+    if cut:
+        quoted = "; ".join(f'"{text}"' for text in cut)
+        warnings.warn(f"{name} reads {length} tokens and did not see: {quoted}", stacklevel=4)
+    padded = tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
+    return padded.input_ids
+
+
+class TextEncoders(nn.Module):
+    """CLIP-L, CLIP-G and, where it is not left out, T5, each with its tokenizer."""
+
+    def __init__(
+        self,
+        clip_l: CLIPTextModelWithProjection,
+        clip_g: CLIPTextModelWithProjection,
+        t5: T5EncoderModel | None,
+        tokenizers: Sequence[PreTrainedTokenizerBase],
+        context_width: int = 4096,
+        t5_length: int = 256,
+    ):
+        """`tokenizers`: in the encoders' order; `context_width`: T5's; `t5_length`: rows that T5 adds by default."""
+        super().__init__()
+        self.clip_l, self.clip_g, self.t5 = clip_l, clip_g, t5
+        self.tokenizers = tokenizers
+        self.context_width = context_width
+        self.t5_length = t5_length
+
+    def clip_rows(
+        self, model: CLIPTextModelWithProjection, index: int, prompts: Sequence[str]
+    ) -> Conditioning:
+        """Rows of the second-last layer, and the vector that the model pools and projects."""
+        name = ("CLIP-L", "CLIP-G")[index]
+        length = model.config.max_position_embeddings
+        ids = token_ids(self.tokenizers[index], prompts, length, name).to(model.device)
+        outputs = model(ids, output_hidden_states=True)
+        return Conditioning(outputs.hidden_states[-2], outputs.text_embeds)
+
+    def t5_rows(self, prompts: Sequence[str], length: int) -> Float[Tensor, "b l c"]:
+        """T5's rows, or as many zeros where it was left out (§5.3.3)."""
+        if self.t5 is None:
+            return torch.zeros(len(prompts), length, self.context_width)
+        ids = token_ids(self.tokenizers[2], prompts, length, "T5").to(self.t5.device)
+        return self.t5(ids).last_hidden_state
+
+    def encode(self, prompts: Sequence[str], t5_length: int | None = None) -> Conditioning:
+        """Context and pooled vector of each prompt."""
+        l_rows, l_pooled = self.clip_rows(self.clip_l, 0, prompts)
+        g_rows, g_pooled = self.clip_rows(self.clip_g, 1, prompts)
+        clip_rows = torch.cat([l_rows, g_rows], dim=-1)
+        clip_rows = F.pad(clip_rows, (0, self.context_width - clip_rows.shape[-1]))
+        t5_rows = self.t5_rows(prompts, t5_length or self.t5_length).to(clip_rows)
+        return Conditioning(
+            torch.cat([clip_rows, t5_rows], dim=1), torch.cat([l_pooled, g_pooled], dim=-1)
+        )

@@ -1,0 +1,55 @@
+"""The autoencoder's training: reconstruction, a light pull towards a normal posterior, and the official latent scale."""
+
+import random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from sd3min.autoencoder import SCALE, SHIFT, Autoencoder
+from sd3min.training import scenes
+
+KL_WEIGHT = 1e-3
+
+
+def to_tensor(picture: object) -> Float[Tensor, "3 H W"]:
+    """A PIL picture as a tensor in −1 to 1."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def batch(seed: str, size: int) -> Float[Tensor, "b 3 H W"]:
+    """Pictures of random seen scenes; the seed decides them."""
+    rng = random.Random(seed)
+    return torch.stack([to_tensor(scenes.draw(scenes.random_scene(rng), rng)) for _ in range(size)])
+
+
+def reconstruction_loss(
+    autoencoder: Autoencoder, images: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Squared and absolute error of the decoded posterior sample, and the posterior's divergence from N(0, 1)."""
+    mean, logvar = autoencoder.moments(images)
+    mean, logvar = mean.float(), logvar.float()
+    sample = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
+    decoded = autoencoder.decoder(sample).float()
+    divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return F.mse_loss(decoded, images) + 0.1 * F.l1_loss(decoded, images) + KL_WEIGHT * divergence
+
+
+@torch.no_grad()
+def normalise(autoencoder: Autoencoder, images: Tensor) -> None:
+    """Fold a·z + b into the last encoder and the first decoder convolution, so that SCALE and SHIFT normalise the latents.
+
+    The decoder's first convolution pads with zeros, which stood for another value before: train it on afterwards.
+    """
+    mean, _ = autoencoder.moments(images)
+    a = 1 / (SCALE * mean.std())
+    b = SHIFT - a * mean.mean()
+    last, first = autoencoder.encoder.conv_out, autoencoder.decoder.conv_in
+    channels = mean.shape[1]
+    last.weight[:channels] *= a
+    last.bias[:channels] = last.bias[:channels] * a + b
+    last.bias[channels:] += 2 * a.log()
+    first.bias -= first.weight.sum(dim=(1, 2, 3)) * b / a
+    first.weight /= a

@@ -1,0 +1,22 @@
+"""The paper's objective: conditional flow matching with times from a shifted logit-normal density."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sd3min import flow
+
+
+def logit_normal_times(
+    count: int, shift: float, generator: torch.Generator
+) -> Float[Tensor, " count"]:
+    """t = sigmoid(u), u ~ N(0, 1), rf/lognorm(0, 1) of Table 1 (§3.1, Eq. 19), then the resolution's shift (Eq. 23)."""
+    return flow.shift_times(torch.randn(count, generator=generator).sigmoid(), shift)
+
+
+def flow_matching_loss(
+    velocity: flow.Velocity, data: Tensor, noise: Tensor, t: Float[Tensor, " b"]
+) -> Tensor:
+    """Mean of |v(z_t, t) − (ε − x0)|² over pictures and channels (§2, Eq. 8)."""
+    latents = flow.interpolate(data, noise, t[:, None, None, None])
+    return (velocity(latents, t).float() - flow.velocity_target(data, noise)).square().mean()

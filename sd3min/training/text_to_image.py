@@ -1,0 +1,108 @@
+"""The joint training of an MMDiT and its three text encoders, all from scratch, through the flow loss alone."""
+
+import random
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sd3min import flow
+from sd3min.autoencoder import SCALE, SHIFT, Autoencoder
+from sd3min.mmdit import MMDiT, position_table
+from sd3min.text_encoders import Conditioning, TextEncoders
+from sd3min.training import scenes
+from sd3min.training.images import to_tensor
+from sd3min.training.loop import save
+from sd3min.training.objective import flow_matching_loss, logit_normal_times
+
+NO_CAPTION = 0.1  # of the captions are left empty, for guidance
+NO_T5 = 0.15  # of the pictures see zeros in place of T5's rows
+DRAWS = 2  # times and noises for each picture and caption of a batch
+
+
+def initialise(mmdit: MMDiT, encoders: TextEncoders, resolution: int) -> None:
+    """Starting values: every block begins as the identity, and words and their positions weigh the same."""
+    table = position_table(mmdit.config.width, mmdit.config.grid, resolution, resolution)
+    mmdit.pos_embed.copy_(table)
+    for module in mmdit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for name, parameter in mmdit.named_parameters():
+        if "adaLN_modulation" in name or "final_layer.linear" in name:
+            nn.init.zeros_(parameter)
+    for clip in (encoders.clip_l, encoders.clip_g):
+        nn.init.normal_(clip.text_model.embeddings.token_embedding.weight, std=0.5)
+        nn.init.normal_(clip.text_model.embeddings.position_embedding.weight, std=0.5)
+    nn.init.eye_(encoders.clip_l.text_projection.weight)
+    encoders.clip_l.text_projection.requires_grad_(False)
+
+
+class Latents:
+    """Posteriors of many drawn scenes, encoded once and kept in a file, with the scenes."""
+
+    def __init__(self, autoencoder: Autoencoder, count: int, path: Path, chunk: int = 64):
+        """Read them from `path`, or draw and encode `count` scenes, a multiple of `chunk`, and write them there."""
+        if not path.exists():
+            save(self.encode(autoencoder, count, chunk), path)
+        state = torch.load(path)
+        self.mean, self.logvar = state["mean"].float(), state["logvar"].float()
+        self.scenes = [scenes.parse(caption) for caption in state["captions"]]
+
+    @staticmethod
+    @torch.no_grad()
+    def encode(autoencoder: Autoencoder, count: int, chunk: int) -> dict[str, object]:
+        """Mean and log variance of every picture in bfloat16, and its caption."""
+        means, logvars, captions = [], [], []
+        for first in tqdm(range(0, count, chunk), desc="latents"):
+            rng = random.Random(f"latents {first}")
+            drawn = [scenes.random_scene(rng) for _ in range(chunk)]
+            pictures = torch.stack([to_tensor(scenes.draw(scene, rng)) for scene in drawn])
+            with torch.autocast("cpu", torch.bfloat16):
+                mean, logvar = autoencoder.moments(pictures)
+            means.append(mean.bfloat16())
+            logvars.append(logvar.bfloat16())
+            captions += [scene.caption for scene in drawn]
+        return {"mean": torch.cat(means), "logvar": torch.cat(logvars), "captions": captions}
+
+    def sample(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Scaled and shifted latents of some pictures, sampled from their posteriors."""
+        mean, deviation = self.mean[indices], torch.exp(0.5 * self.logvar[indices])
+        return (mean + deviation * torch.randn(mean.shape, generator=generator) - SHIFT) * SCALE
+
+
+def caption(scene: scenes.Scene, rng: random.Random) -> str:
+    """A caption to train on: sometimes shortened, sometimes with a capital, sometimes none."""
+    if rng.random() < NO_CAPTION:
+        return ""
+    words = scenes.training_caption(scene, rng)
+    return words[0].upper() + words[1:] if rng.random() < 0.15 else words
+
+
+def drop_t5(conditioning: Conditioning, rows: int, generator: torch.Generator) -> Conditioning:
+    """Zeros in place of T5's rows, the last `rows` of the context, for some of the batch (App. B.3)."""
+    context, pooled = conditioning
+    kept = torch.rand(len(context), 1, 1, generator=generator) >= NO_T5
+    clip, t5 = context[:, :-rows], context[:, -rows:]
+    return Conditioning(torch.cat([clip, t5 * kept], dim=1), pooled)
+
+
+def batch_loss(
+    mmdit: MMDiT, encoders: TextEncoders, latents: Latents, step: int, batch: int, shift: float
+) -> Tensor:
+    """The flow loss of one batch of scenes, each with several times and noises; `step` decides all draws."""
+    rng, generator = random.Random(step), torch.Generator().manual_seed(step)
+    indices = torch.randint(len(latents.scenes), (batch // DRAWS,), generator=generator)
+    captions = [caption(latents.scenes[i], rng) for i in indices.tolist()]
+    conditioning = drop_t5(encoders.encode(captions), encoders.t5_length, generator)
+    context, pooled = (part.repeat_interleave(DRAWS, dim=0) for part in conditioning)
+
+    data = latents.sample(indices, generator).repeat_interleave(DRAWS, dim=0)
+    noise = torch.randn(data.shape, generator=generator)
+    t = logit_normal_times(len(data), shift, generator)
+
+    def velocity(z: Tensor, t: Tensor) -> Tensor:
+        return mmdit(z, flow.TRAINED_TIMES * t, context, pooled)
+
+    return flow_matching_loss(velocity, data, noise, t)

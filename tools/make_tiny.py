@@ -1,0 +1,120 @@
+"""Train sd3-tiny, the small Stable Diffusion 3 in `weights/`: about two hours on two cores.
+
+    python tools/make_tiny.py --work FOLDER
+
+Every stage leaves a checkpoint in FOLDER, and a run that was stopped goes on from the last one. Seeds are fixed.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPTokenizer, T5Tokenizer
+
+from sd3min import text_encoders
+from sd3min.autoencoder import Autoencoder
+from sd3min.config import AutoencoderConfig, CLIPConfig, MMDiTConfig, T5Config
+from sd3min.mmdit import MMDiT
+from sd3min.text_encoders import TextEncoders
+from sd3min.training import images, text_to_image, vocabulary
+from sd3min.training.loop import Recipe, fit
+
+AUTOENCODER = AutoencoderConfig(widths=(32, 64, 96, 128), blocks=1)
+MMDIT = MMDiTConfig(depth=4, context_width=256, pooled_width=256, grid=32)
+CLIP = {"layers": 3, "width": 128, "mlp_width": 512}
+T5 = {"layers": 3, "width": 256, "mlp_width": 512, "heads": 4}
+RESOLUTION = 64  # pixels
+SHIFT = 3.0
+PICTURES = 30_720
+BATCH = 96
+IMAGE_BATCH = 16
+RECONSTRUCTION = Recipe(steps=2400, learning_rate=1e-3)
+DECODER = Recipe(
+    steps=800, learning_rate=3e-4
+)  # after the latents' scale is folded in, encoder fixed
+FLOW = Recipe(steps=9000, learning_rate=6e-4, warmup=300)
+
+
+def train_autoencoder(work: Path) -> Autoencoder:
+    """Both halves together, then the latents' scale, then the decoder alone."""
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(AUTOENCODER)
+
+    def loss(stage: str):
+        def of_step(step: int) -> torch.Tensor:
+            pictures = images.batch(f"{stage} {step}", IMAGE_BATCH)
+            return images.reconstruction_loss(
+                autoencoder, pictures, torch.Generator().manual_seed(step)
+            )
+
+        return of_step
+
+    fit(autoencoder, loss("reconstruction"), RECONSTRUCTION, work / "reconstruction.pt")
+    images.normalise(autoencoder, images.batch("normalise", 512))
+    autoencoder.encoder.requires_grad_(False)
+    fit(autoencoder, loss("decoder"), DECODER, work / "decoder.pt")
+    return autoencoder.eval().requires_grad_(False)
+
+
+def make_encoders(work: Path) -> TextEncoders:
+    """Tokenizers of the captions' words, and encoders of their vocabularies' sizes."""
+    vocabulary.save_tokenizers(work)
+    tokenizers = [
+        CLIPTokenizer.from_pretrained(work / "tokenizer"),
+        CLIPTokenizer.from_pretrained(work / "tokenizer_2"),
+        T5Tokenizer.from_pretrained(work / "tokenizer_3"),
+    ]
+    length = vocabulary.LENGTH
+    clip_l, clip_g = (
+        CLIPConfig(**CLIP, vocabulary=len(tokenizers[i]), length=length) for i in range(2)
+    )
+    return TextEncoders(
+        text_encoders.clip(clip_l, "clip_l"),
+        text_encoders.clip(clip_g, "clip_g"),
+        text_encoders.t5(T5Config(**T5, vocabulary=len(tokenizers[2]))),
+        tokenizers,
+        context_width=T5["width"],
+        t5_length=length,
+    )
+
+
+def train_flow(work: Path, autoencoder: Autoencoder) -> tuple[MMDiT, TextEncoders]:
+    """MMDiT and text encoders together, on latents that are encoded once."""
+    torch.manual_seed(0)
+    encoders = make_encoders(work)
+    mmdit = MMDiT(MMDIT)
+    text_to_image.initialise(mmdit, encoders, RESOLUTION)
+    latents = text_to_image.Latents(autoencoder, PICTURES, work / "latents.pt")
+    both = torch.nn.ModuleDict(
+        {"mmdit": mmdit, "text_encoders": encoders}
+    ).eval()  # no dropout in T5
+    compiled = torch.compile(mmdit)
+
+    def loss(step: int) -> torch.Tensor:
+        return text_to_image.batch_loss(compiled, encoders, latents, step, BATCH, SHIFT)
+
+    with sdpa_kernel(SDPBackend.MATH):  # the quickest for so few tokens
+        fit(both, loss, FLOW, work / "flow.pt")
+    return mmdit, encoders
+
+
+def main() -> None:
+    """Run the stages in order."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        required=True,
+        help="folder of the checkpoints, made where it is missing",
+    )
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    autoencoder = train_autoencoder(arguments.work)
+    train_flow(arguments.work, autoencoder)
+
+
+if __name__ == "__main__":
+    main()
