@@ -1,13 +1,17 @@
-"""Stable Diffusion 3 from scratch: the MMDiT, the rectified-flow sampler and everything between prompt and picture."""
+"""Stable Diffusion 3 from scratch: the MMDiT, the rectified-flow sampler and everything between
+prompt and picture.
+"""
 
 from sd3min import flow
 from sd3min.checkpoint import load_autoencoder, load_mmdit, load_text_encoders
 from sd3min.config import Refusal
 from sd3min.pipeline import Pipeline, load, save
+from sd3min.settings import Settings
 
 __all__ = [
     "Pipeline",
     "Refusal",
+    "Settings",
     "flow",
     "load",
     "load_autoencoder",

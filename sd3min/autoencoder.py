@@ -1,6 +1,8 @@
-"""The autoencoder: pictures to latents of 16 channels at an eighth of the size, and back (paper §5.2.1, Table 3).
+"""The autoencoder: pictures to latents of 16 channels at an eighth of the size, and back (paper
+§5.2.1, Table 3).
 
-The attributes' names are the official tensors' names. The latents' scale and shift live here and nowhere else.
+The attributes' names are the official tensors' names. The latents' scale and shift live here and
+nowhere else.
 """
 
 from collections import OrderedDict
@@ -26,7 +28,9 @@ def norm(width: int) -> nn.GroupNorm:
 
 
 def posterior_sample(mean: Latents, logvar: Latents, generator: torch.Generator) -> Latents:
-    """A sample of N(mean, exp(logvar)), scaled and shifted; the noise is drawn on the CPU in float32."""
+    """A sample of N(mean, exp(logvar)), scaled and shifted; the noise is drawn on the CPU in
+    float32.
+    """
     noise = torch.randn(mean.shape, generator=generator).to(mean)
     return (mean + torch.exp(0.5 * logvar) * noise - SHIFT) * SCALE
 
@@ -136,7 +140,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to pictures; the levels are numbered from full resolution, so they run from the last to the first."""
+    """Latents to pictures; the levels are numbered from full resolution, so they run from the last
+    to the first.
+    """
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -175,7 +181,9 @@ class Autoencoder(nn.Module):
         return mean, logvar.clamp(-30.0, 20.0)
 
     def encode(self, images: Images, generator: torch.Generator | None = None) -> Latents:
-        """Latents of pictures in −1 to 1, scaled and shifted: the mode, or with a generator a sample."""
+        """Latents of pictures in −1 to 1, scaled and shifted: the mode, or with a generator a
+        sample.
+        """
         mean, logvar = self.moments(images)
         if generator is None:
             return (mean - SHIFT) * SCALE

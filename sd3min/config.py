@@ -1,7 +1,8 @@
 """The networks' sizes, read from tensor shapes.
 
-Paper §4: "we parameterize the size of the model in terms of the model's depth d": the width is 64·d, and d heads of
-64 channels attend. What depth does not decide is a field here, and only if two released models differ in it.
+Paper §4: "we parameterize the size of the model in terms of the model's depth d": the width is
+64·d, and d heads of 64 channels attend. What depth does not decide is a field here, and only if two
+released models differ in it.
 """
 
 import re
@@ -22,7 +23,9 @@ class Refusal(ValueError):
 
 
 def count(shapes: Shapes, pattern: str) -> int:
-    """Length of a numbered list of modules: one more than the largest number that `pattern` captures."""
+    """Length of a numbered list of modules: one more than the largest number that `pattern`
+    captures.
+    """
     return 1 + max(
         (int(found[1]) for name in shapes if (found := re.match(pattern, name))), default=-1
     )
@@ -53,7 +56,9 @@ class MMDiTConfig:
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> "MMDiTConfig":
-        """Read the sizes from official tensor names and shapes; a file without a positional table gets 192x192."""
+        """Read the sizes from official tensor names and shapes; a file without a positional table
+        gets 192x192.
+        """
         return cls(
             depth=count(shapes, r"joint_blocks\.(\d+)\."),
             context_width=shapes["context_embedder.weight"][1],
@@ -68,17 +73,23 @@ SD3_MEDIUM = MMDiTConfig(depth=24)
 """Stable Diffusion 3 medium, the paper's recipe at 2,028,328,000 parameters."""
 
 SD3_5_MEDIUM = MMDiTConfig(depth=24, grid=384, qk_norm=True, dual_blocks=13)
-"""Stable Diffusion 3.5 medium, 2,243,171,520 parameters: the MMDiT-X variant, trained up to 1440 pixels."""
+"""Stable Diffusion 3.5 medium, 2,243,171,520 parameters: the MMDiT-X variant, trained up to 1440
+pixels.
+"""
 
 SD3_5_LARGE = MMDiTConfig(depth=38, qk_norm=True)
-"""Stable Diffusion 3.5 large and large turbo, 8,056,627,520 parameters: the depth of the paper's largest model."""
+"""Stable Diffusion 3.5 large and large turbo, 8,056,627,520 parameters: the depth of the paper's
+largest model.
+"""
 
 PRESETS = {"SD3-medium": SD3_MEDIUM, "SD3.5-medium": SD3_5_MEDIUM, "SD3.5-large": SD3_5_LARGE}
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Sizes of the 16-channel autoencoder (paper §5.2.1); the defaults are the official 83,819,683 parameters."""
+    """Sizes of the 16-channel autoencoder (paper §5.2.1); the defaults are the official 83,819,683
+    parameters.
+    """
 
     widths: tuple[int, ...] = (128, 256, 512, 512)  # channels of each level, full resolution first
     blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
@@ -154,7 +165,7 @@ T5_XXL = T5Config(layers=24, width=4096, mlp_width=10240, heads=64)
 
 @dataclass(frozen=True)
 class Defaults:
-    """Settings of a picture where the caller leaves them open; a file's metadata may hold its own."""
+    """Settings of a picture where a call leaves them open; a file's metadata may hold its own."""
 
     width: int = 1024  # pixels
     height: int = 1024

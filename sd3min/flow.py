@@ -1,10 +1,12 @@
 """Rectified flow: the straight path from data to noise, and the way back.
 
-Time t runs from 0 (data) to 1 (noise). On a straight path the noise level σ of other papers is t itself. Everything
-here is a function of tensors, or of a function `velocity(latents, t)`; no network is known.
+Time t runs from 0 (data) to 1 (noise). On a straight path the noise level σ of other papers is t
+itself. Everything here is a function of tensors, or of a function `velocity(latents, t)`; no
+network is known.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -30,21 +32,26 @@ def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
 
 
 def denoise(latents: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
-    """The picture that the velocity points at: x0 = z_t − t·v, the straight path followed back to t = 0."""
+    """The picture that the velocity points at: x0 = z_t − t·v, the straight path followed back to t
+    = 0.
+    """
     return latents - t * velocity
 
 
 def shift_times(t: T, shift: float) -> T:
-    """t ↦ α·t / (1 + (α − 1)·t): a picture of more pixels needs more noise to look as noisy (paper §5.3.2, Eq. 23)."""
+    """t ↦ α·t / (1 + (α − 1)·t): a picture of more pixels needs more noise to look as noisy (paper
+    §5.3.2, Eq. 23).
+    """
     return shift * t / (1 + (shift - 1) * t)
 
 
 def official_times(steps: int, shift: float) -> np.ndarray:
-    """Times before the shift, as the official code and diffusers place them: from t = 1 down to shift(1/1000).
+    """Times before the shift, as the official code and diffusers place them: from t = 1 down to
+    shift(1/1000).
 
-    The last time is the smallest trained one *after* its shift, and the whole row is then shifted once more. This
-    double shift looks like an oversight, but every released picture was made with it: at shift 3 and 28 steps the last
-    step starts from t = 0.0089 and not from 0.0030.
+    The last time is the smallest trained one *after* its shift, and the whole row is then shifted
+    once more. This double shift looks like an oversight, but every released picture was made with
+    it: at shift 3 and 28 steps the last step starts from t = 0.0089 and not from 0.0030.
     """
     first, last = shift_times(np.array([1.0, 1 / TRAINED_TIMES], dtype=np.float32), shift)
     return (
@@ -79,8 +86,9 @@ def sigmas(
 def guide(velocity: Velocity, scale: float) -> Velocity:
     """Classifier-free guidance: v = v₋ + s·(v₊ − v₋), both from one pass over a doubled batch.
 
-    `velocity` sees the latents twice: its first half must answer to the negative prompt, the second to the prompt. A
-    scale of 1 or less leaves the conditional alone, and `velocity` sees the latents once.
+    `velocity` sees the latents twice: its first half must answer to the negative prompt, the second
+    to the prompt. A scale of 1 or less leaves the conditional alone, and `velocity` sees the
+    latents once.
     """
     if scale <= 1:
         return velocity
@@ -93,17 +101,18 @@ def guide(velocity: Velocity, scale: float) -> Velocity:
 
 
 class Step(NamedTuple):
-    """One step of a run: its number from 0, its time, the latents it started from and what the network made of them."""
+    """One step of a run, taken at time t: where it started, what was predicted, where it led."""
 
     index: int
     t: Tensor
     latents: Tensor
     velocity: Tensor
-    denoised: Tensor
+    denoised: Tensor  # the data that the velocity points at
+    next_latents: Tensor
 
 
 def euler(latents: Tensor, velocity: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """One step along the tangent, dz = v·dt (paper §2, Eq. 1), added and kept in float32."""
+    """One step along the tangent, dz = v·dt (paper §2, Eq. 1), kept in float32."""
     return (latents.float() + (t_next - t) * velocity).float()
 
 
@@ -112,19 +121,16 @@ SAMPLERS = {"euler": euler}
 
 def steps(
     velocity: Velocity, noise: Tensor, sigmas: Tensor, sampler: str = "euler"
-) -> Iterator[tuple[Step, Tensor]]:
-    """Follow the velocity from the first time to the last, giving each step and the latents it leads to."""
+) -> Iterator[Step]:
+    """Follow the velocity from the first time to the last, giving every step as it is taken."""
     latents = noise
-    for index, (t, t_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for index, (t, t_next) in enumerate(pairwise(sigmas)):
         v = velocity(latents, t)
-        step = Step(index, t, latents, v, denoise(latents, v, t))
-        latents = SAMPLERS[sampler](latents, v, t, t_next)
-        yield step, latents
+        following = SAMPLERS[sampler](latents, v, t, t_next)
+        yield Step(index, t, latents, v, denoise(latents, v, t), following)
+        latents = following
 
 
 def sample(velocity: Velocity, noise: Latents, sigmas: Tensor, sampler: str = "euler") -> Latents:
     """Solve dz = v(z, t)·dt from noise to data."""
-    latents = noise
-    for _, latents in steps(velocity, noise, sigmas, sampler):  # noqa: B007
-        pass
-    return latents
+    return [step.next_latents for step in steps(velocity, noise, sigmas, sampler)][-1]

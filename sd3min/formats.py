@@ -1,7 +1,8 @@
 """The tables of names: what diffusers calls the tensors of an official file, in both directions.
 
-Three things change besides names: the fused q, k, v are three tensors there; the 1x1 convolutions of the autoencoder's
-attention are linear layers; and where only a scale and a shift come from the condition, diffusers has the scale first.
+Three things change besides names: the fused q, k, v are three tensors there; the 1x1 convolutions
+of the autoencoder's attention are linear layers; and where only a scale and a shift come from the
+condition, diffusers has the scale first.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +17,9 @@ Tensors = dict[str, Tensor]
 
 
 class Row(NamedTuple):
-    """One official module or tensor, what diffusers has in its place, and how the values are carried over."""
+    """One official module or tensor, what diffusers has in its place, and how the values are
+    carried over.
+    """
 
     official: str
     diffusers: tuple[str, ...]
@@ -89,7 +92,9 @@ def residual_rows(official: str, diffusers: str) -> Iterator[Row]:
 
 
 def autoencoder_rows(config: AutoencoderConfig) -> Iterator[Row]:
-    """The table of the autoencoder; diffusers numbers the decoder's levels in the order in which they run."""
+    """The table of the autoencoder; diffusers numbers the decoder's levels in the order in which
+    they run.
+    """
     levels = len(config.widths)
     for half in ("encoder", "decoder"):
         yield Row(f"{half}.conv_in", (f"{half}.conv_in",))
@@ -132,7 +137,7 @@ def to_diffusers(tensors: Tensors, config: MMDiTConfig | AutoencoderConfig) -> T
 
 
 def from_diffusers(tensors: Tensors, config: MMDiTConfig | AutoencoderConfig) -> Tensors:
-    """diffusers' names to the official ones; a tensor that the table does not know is a KeyError."""
+    """diffusers' names to official ones; a tensor that the table does not know is a KeyError."""
     left, named = dict(tensors), {}
     for row in rows(config):
         for suffix in ("", ".weight", ".bias"):

@@ -1,7 +1,8 @@
 """The multimodal diffusion transformer of Fig. 2, from the top of the figure to its bottom.
 
-Text and image tokens have weights of their own everywhere and meet only in attention. The attributes' names are the
-official tensors' names, so that a printed model reads like the listing of an official file: `x` is the image there.
+Text and image tokens have weights of their own everywhere and meet only in attention. The
+attributes' names are the official tensors' names, so that a printed model reads like the listing of
+an official file: `x` is the image there.
 """
 
 import math
@@ -20,10 +21,11 @@ SINUSOIDS = 256  # channels of the raw timestep embedding
 
 
 def sinusoid(timesteps: Float[Tensor, " b"], width: int = SINUSOIDS) -> Float[Tensor, "b {width}"]:
-    """Cosines, then sines, of the timestep (0 to 1000) at `width / 2` frequencies from 1 down to 1/10,000.
+    """Cosines, then sines, of the timestep (0 to 1000) at `width / 2` frequencies from 1 down to
+    1/10,000.
 
-    Always in float32 and in this order of operations, in every precision of the network: the arguments reach 1000,
-    so that the last bits decide the fourth digit of the cosines.
+    Always in float32 and in this order of operations, in every precision of the network: the
+    arguments reach 1000, so that the last bits decide the fourth digit of the cosines.
     """
     half = width // 2
     frequencies = torch.exp(
@@ -36,11 +38,13 @@ def sinusoid(timesteps: Float[Tensor, " b"], width: int = SINUSOIDS) -> Float[Te
 def position_table(
     width: int, grid: int, resolution: int = 1024, pretrained: int = 256
 ) -> Float[Tensor, "1 {grid*grid} {width}"]:
-    """Sinusoidal positions of a grid of patches (§5.3.2, "Positional Encodings for Varying Aspect Ratios").
+    """Sinusoidal positions of a grid of patches (§5.3.2, "Positional Encodings for Varying Aspect
+    Ratios").
 
-    A patch in row or column i of N stands at (i − (N − s)/2)·`pretrained`/`resolution`, where s is the number of
-    patches along `resolution` pixels: the centre of the table covers the positions of the pretraining grid, more finely.
-    The first half of the channels encodes the column, the second the row; each half is sines, then cosines.
+    A patch in row or column i of N stands at (i − (N − s)/2)·`pretrained`/`resolution`, where s is
+    the number of patches along `resolution` pixels: the centre of the table covers the positions of
+    the pretraining grid, more finely. The first half of the channels encodes the column, the second
+    the row; each half is sines, then cosines.
     """
     side = resolution // (8 * PATCH)
     places = (torch.arange(grid).double() - (grid - side) / 2) * pretrained / resolution
@@ -74,7 +78,9 @@ class PatchEmbedding(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Two linear layers around a SiLU: lifts the timestep's sinusoid, or the pooled text, to the width."""
+    """Two linear layers around a SiLU: lifts the timestep's sinusoid, or the pooled text, to the
+    width.
+    """
 
     def __init__(self, inputs: int, width: int):
         super().__init__()
@@ -86,7 +92,9 @@ class Embedding(nn.Module):
 
 
 class Heads(nn.Module):
-    """Queries, keys and values of one stream, in heads of 64, normalised where the model does (§5.3.2, Fig. 5)."""
+    """Queries, keys and values of one stream, in heads of 64, normalised where the model does
+    (§5.3.2, Fig. 5).
+    """
 
     def __init__(self, width: int, qk_norm: bool):
         super().__init__()
@@ -111,7 +119,7 @@ class Attention(Heads):
 
 
 class Stream(nn.Module):
-    """One modality's side of a joint block (Fig. 2b): opened before the attention, closed after it."""
+    """One modality's side of a joint block (Fig. 2b): opened before attention, closed after it."""
 
     def __init__(self, width: int, qk_norm: bool, parts: int = 6):
         super().__init__()
@@ -139,14 +147,14 @@ class Stream(nn.Module):
 
 
 class DualStream(Stream):
-    """SD3.5-medium's image stream: a second attention, over the image alone, beside the joint one."""
+    """SD3.5-medium's image stream: beside the joint attention a second one, over the image alone."""
 
     def __init__(self, width: int, qk_norm: bool):
         super().__init__(width, qk_norm, parts=9)
         self.attn2 = Attention(width, qk_norm)
 
     def open(self, tokens: Tensor, cond: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        """As above; the second attention reads the same tokens, modulated by the last three parts."""
+        """As above; the second attention reads the same tokens under the last three parts."""
         qkv, rest = super().open(tokens, cond)
         shift, scale, gate = rest[-3:]
         alone = F.scaled_dot_product_attention(*self.attn2(modulate(tokens, shift, scale)))
@@ -253,12 +261,14 @@ class MMDiT(nn.Module):
         context: Float[Tensor, "b l i"],
         pooled: Float[Tensor, "b p"],
     ) -> Float[Tensor, "b c h w"]:
-        """Velocity of the latents at timesteps in 0 to 1000, given the text's context and its pooled vector."""
+        """The velocity at latents and timesteps in 0 to 1000, given the text's two encodings."""
         h, w = latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
-        image = self.x_embedder(latents) + self.positions(h, w)  # b n d
-        context = self.context_embedder(context)  # b l d
-        time = self.t_embedder(sinusoid(timesteps).to(latents.dtype))  # b d
-        cond = time + self.y_embedder(pooled)  # b d
+        # fmt: off
+        image = self.x_embedder(latents) + self.positions(h, w)          # b n d
+        context = self.context_embedder(context)                         # b l d
+        time = self.t_embedder(sinusoid(timesteps).to(latents.dtype))    # b d
+        cond = time + self.y_embedder(pooled)                            # b d
+        # fmt: on
 
         for block in self.joint_blocks:
             context, image = block(context, image, cond)

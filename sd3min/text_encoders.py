@@ -1,7 +1,9 @@
-"""The three text encoders: prompts to a context of token rows and one pooled vector (paper §4, App. B.2).
+"""The three text encoders: prompts to a context of token rows and one pooled vector (paper §4, App.
+B.2).
 
-Both CLIPs give their second-last layer, without the final norm, side by side and padded with zeros to T5's width; T5's
-rows follow below them. The pooled vector is CLIP-L's, not projected, beside CLIP-G's, projected. Padding is attended to.
+Both CLIPs give their second-last layer, without the final norm, side by side and padded with zeros
+to T5's width; T5's rows follow below them. The pooled vector is CLIP-L's, not projected, beside
+CLIP-G's, projected. Padding is attended to.
 """
 
 import warnings
@@ -28,7 +30,9 @@ class Conditioning(NamedTuple):
 
 
 def clip(config: CLIPConfig, part: str) -> CLIPTextModelWithProjection:
-    """A CLIP text encoder, `part` "clip_l" or "clip_g", that pools where the largest id stands: the end of the text."""
+    """A CLIP text encoder, `part` "clip_l" or "clip_g", that pools where the largest id stands: the
+    end of the text.
+    """
     return CLIPTextModelWithProjection(
         transformers.CLIPTextConfig(
             vocab_size=config.vocabulary,
@@ -64,7 +68,9 @@ def t5(config: T5Config) -> T5EncoderModel:
 def token_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int, name: str
 ) -> Tensor:
-    """Ids of the prompts, cut or padded to `length` as the tokenizer pads; a cut is one warning that quotes it."""
+    """Ids of the prompts, cut or padded to `length` as the tokenizer pads; a cut is one warning
+    that quotes it.
+    """
     whole = tokenizer(list(prompts), return_offsets_mapping=True)
     cut = [
         prompt[offsets[length - 1][0] :].strip()  # the last place belongs to the end of the text
@@ -92,7 +98,9 @@ class TextEncoders(nn.Module):
         context_width: int = 4096,
         t5_length: int = 256,
     ):
-        """`tokenizers`: in the encoders' order; `context_width`: T5's; `t5_length`: rows that T5 adds by default."""
+        """`tokenizers`: in the encoders' order; `context_width`: T5's; `t5_length`: rows that T5
+        adds by default.
+        """
         super().__init__()
         self.clip_l, self.clip_g, self.t5 = clip_l, clip_g, t5
         self.tokenizers = tokenizers

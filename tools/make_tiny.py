@@ -1,8 +1,9 @@
 """Train sd3-tiny, the small Stable Diffusion 3 in `weights/`: about two hours on two cores.
 
-    python tools/make_tiny.py --work FOLDER
+python tools/make_tiny.py --work FOLDER
 
-Every stage leaves a checkpoint in FOLDER, and a run that was stopped goes on from the last one. Seeds are fixed.
+Every stage leaves a checkpoint in FOLDER, and a run that was stopped goes on from the last one.
+Seeds are fixed.
 """
 
 import argparse

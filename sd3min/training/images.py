@@ -1,4 +1,6 @@
-"""The autoencoder's training: reconstruction, a light pull towards a normal posterior, and the official latent scale."""
+"""The autoencoder's training: reconstruction, a light pull towards a normal posterior, and the
+official latent scale.
+"""
 
 import random
 
@@ -28,7 +30,9 @@ def batch(seed: str, size: int) -> Float[Tensor, "b 3 H W"]:
 def reconstruction_loss(
     autoencoder: Autoencoder, images: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Squared and absolute error of the decoded posterior sample, and the posterior's divergence from N(0, 1)."""
+    """Squared and absolute error of the decoded posterior sample, and the posterior's divergence
+    from N(0, 1).
+    """
     mean, logvar = autoencoder.moments(images)
     mean, logvar = mean.float(), logvar.float()
     sample = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
@@ -39,9 +43,11 @@ def reconstruction_loss(
 
 @torch.no_grad()
 def normalise(autoencoder: Autoencoder, images: Tensor) -> None:
-    """Fold a·z + b into the last encoder and the first decoder convolution, so that SCALE and SHIFT normalise the latents.
+    """Fold a·z + b into the last encoder and the first decoder convolution, so that SCALE and SHIFT
+    normalise the latents.
 
-    The decoder's first convolution pads with zeros, which stood for another value before: train it on afterwards.
+    The decoder's first convolution pads with zeros, which stood for another value before: train it
+    on afterwards.
     """
     mean, _ = autoencoder.moments(images)
     a = 1 / (SCALE * mean.std())

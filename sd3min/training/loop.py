@@ -1,7 +1,8 @@
-"""A training loop: AdamW, warm-up and cosine, bfloat16 arithmetic, and checkpoints from which a run resumes.
+"""A training loop: AdamW, warm-up and cosine, bfloat16 arithmetic, and checkpoints from which a run
+resumes.
 
-The loss of step i depends on i alone (its data and noise are drawn from seeds made of i), so an interrupted run goes
-on exactly as it would have.
+The loss of step i depends on i alone (its data and noise are drawn from seeds made of i), so an
+interrupted run goes on exactly as it would have.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""The joint training of an MMDiT and its three text encoders, all from scratch, through the flow loss alone."""
+"""The joint training of an MMDiT and its three text encoders, all from scratch, through the flow
+loss alone.
+"""
 
 import random
 from pathlib import Path
@@ -22,7 +24,9 @@ DRAWS = 2  # times and noises for each picture and caption of a batch
 
 
 def initialise(mmdit: MMDiT, encoders: TextEncoders, resolution: int) -> None:
-    """Starting values: every block begins as the identity, and words and their positions weigh the same."""
+    """Starting values: every block begins as the identity, and words and their positions weigh the
+    same.
+    """
     table = position_table(mmdit.config.width, mmdit.config.grid, resolution, resolution)
     mmdit.pos_embed.copy_(table)
     for module in mmdit.modules():
@@ -43,7 +47,9 @@ class Latents:
     """Posteriors of many drawn scenes, encoded once and kept in a file, with the scenes."""
 
     def __init__(self, autoencoder: Autoencoder, count: int, path: Path, chunk: int = 64):
-        """Read them from `path`, or draw and encode `count` scenes, a multiple of `chunk`, and write them there."""
+        """Read them from `path`, or draw and encode `count` scenes, a multiple of `chunk`, and
+        write them there.
+        """
         if not path.exists():
             save(self.encode(autoencoder, count, chunk), path)
         state = torch.load(path)
@@ -81,7 +87,9 @@ def caption(scene: scenes.Scene, rng: random.Random) -> str:
 
 
 def drop_t5(conditioning: Conditioning, rows: int, generator: torch.Generator) -> Conditioning:
-    """Zeros in place of T5's rows, the last `rows` of the context, for some of the batch (App. B.3)."""
+    """Zeros in place of T5's rows, the last `rows` of the context, for some of the batch (App.
+    B.3).
+    """
     context, pooled = conditioning
     kept = torch.rand(len(context), 1, 1, generator=generator) >= NO_T5
     clip, t5 = context[:, :-rows], context[:, -rows:]
@@ -91,7 +99,9 @@ def drop_t5(conditioning: Conditioning, rows: int, generator: torch.Generator) -
 def batch_loss(
     mmdit: MMDiT, encoders: TextEncoders, latents: Latents, step: int, batch: int, shift: float
 ) -> Tensor:
-    """The flow loss of one batch of scenes, each with several times and noises; `step` decides all draws."""
+    """The flow loss of one batch of scenes, each with several times and noises; `step` decides all
+    draws.
+    """
     rng, generator = random.Random(step), torch.Generator().manual_seed(step)
     indices = torch.randint(len(latents.scenes), (batch // DRAWS,), generator=generator)
     captions = [caption(latents.scenes[i], rng) for i in indices.tolist()]

@@ -1,7 +1,9 @@
-"""Small tokenizers of the kinds that Stable Diffusion 3 reads with, learnt from the scenes' captions.
+"""Small tokenizers of the kinds that Stable Diffusion 3 reads with, learnt from the scenes'
+captions.
 
-Byte-level BPE for both CLIPs (the end of the text has the largest id; CLIP-L pads with it, CLIP-G with id 0, "!") and a
-unigram model for T5 (padding 0, end 1, unknown 2). Every word of the captions is one token; other words fall apart.
+Byte-level BPE for both CLIPs (the end of the text has the largest id; CLIP-L pads with it, CLIP-G
+with id 0, "!") and a unigram model for T5 (padding 0, end 1, unknown 2). Every word of the captions
+is one token; other words fall apart.
 """
 
 import json
@@ -53,7 +55,9 @@ def save_clip(folder: Path, pad: str) -> None:
 
 
 def save_t5(folder: Path) -> None:
-    """Write a T5 tokenizer into a folder: unlike CLIP's it tells capitals, so that words may begin with one."""
+    """Write a T5 tokenizer into a folder: unlike CLIP's it tells capitals, so that words may begin
+    with one.
+    """
     specials = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     words = [
         (f"▁{word}", -4.0)

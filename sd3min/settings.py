@@ -1,0 +1,169 @@
+"""What a picture is made with: the settings of a call, completed, and checked before any work.
+
+Everything here is a sentence about a value that makes no sense; nothing is computed.
+"""
+
+import dataclasses
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from numbers import Integral, Real
+from typing import NamedTuple
+
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from sd3min import flow
+from sd3min.config import SIZE_STEP, Defaults, MMDiTConfig, Refusal
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Whether a value is a whole number of at least `least`."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+
+def is_finite(value: object, least: float) -> bool:
+    """Whether a value is a finite number of at least `least`."""
+    return isinstance(value, Real) and math.isfinite(value) and value >= least
+
+
+def is_side(value: object) -> bool:
+    """Whether a value is the side of a picture: whole patches of latents."""
+    return is_whole(value, SIZE_STEP) and value % SIZE_STEP == 0
+
+
+def nearest_side(value: object) -> int:
+    """The side of a picture that is nearest to a value."""
+    steps = round(value / SIZE_STEP) if is_finite(value, 0) else 1
+    return SIZE_STEP * max(1, steps)
+
+
+def is_descending(values: object) -> bool:
+    """Whether values are times of a run: from at most 1 down to more than 0."""
+    numbers = list(values) if isinstance(values, Sequence) else []
+    return all(is_finite(value, 0) for value in numbers) and all(
+        above >= below > 0 for above, below in pairwise([1.0, *(numbers or [0])])
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a picture besides the weights, the prompt and the seed."""
+
+    width: int  # pixels
+    height: int
+    steps: int
+    guidance_scale: float  # 1 or less: no guidance
+    shift: float
+    t5_length: int  # rows that T5 adds to the context
+    schedule: str = "official"
+    sampler: str = "euler"
+    sigmas: Sequence[float] | None = None  # times before the shift, in place of `steps`
+    strength: float = 0.6  # image-to-image: 1 forgets the starting picture
+
+    def __post_init__(self) -> None:
+        """Refuse the first value that makes no sense."""
+        side = f"a multiple of {SIZE_STEP} pixels; the nearest is"
+        rules = {
+            "width": (is_side(self.width), f"{side} {nearest_side(self.width)}"),
+            "height": (is_side(self.height), f"{side} {nearest_side(self.height)}"),
+            "steps": (is_whole(self.steps, 1), "a whole number of at least 1"),
+            "guidance_scale": (is_finite(self.guidance_scale, 0), "a finite number of at least 0"),
+            "shift": (is_finite(self.shift, 0) and self.shift > 0, "a finite number above 0"),
+            "t5_length": (is_whole(self.t5_length, 1), "a whole number of at least 1"),
+            "schedule": (self.schedule in flow.SCHEDULES, f"one of {', '.join(flow.SCHEDULES)}"),
+            "sampler": (self.sampler in flow.SAMPLERS, f"one of {', '.join(flow.SAMPLERS)}"),
+            "sigmas": (
+                self.sigmas is None or is_descending(self.sigmas),
+                "a row of times that falls from at most 1 to above 0",
+            ),
+            "strength": (
+                is_finite(self.strength, 0) and 0 < self.strength <= 1,
+                "a number above 0 and at most 1",
+            ),
+        }
+        for name, (fits, wanted) in rules.items():
+            if not fits:
+                raise Refusal(f"{name} {getattr(self, name)} is not {wanted}")
+
+    def times(self, partly: bool = False) -> Float[Tensor, " times"]:
+        """Times of the run, from noise to data, and a last 0.
+
+        `partly`, for image-to-image, skips the first steps and keeps about `strength` of them, as
+        many as diffusers keeps.
+        """
+        times = flow.sigmas(self.sigmas or self.steps, self.shift, self.schedule)
+        steps = len(times) - 1
+        skipped = int(steps - min(steps * self.strength, steps)) if partly else 0
+        return times[min(skipped, steps - 1) :]
+
+
+def pair_prompts(
+    prompt: str | Sequence[str], negative: str | Sequence[str], num_images: int
+) -> tuple[list[str], list[str]]:
+    """The prompt and the negative prompt of every picture."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+    if not prompts:
+        raise Refusal("the list of prompts is empty: pass at least one")
+    if not all(isinstance(text, str) for text in prompts + negatives):
+        raise Refusal(f"prompts {prompts} and negative prompts {negatives} are not all texts")
+    if len(negatives) != len(prompts):
+        counts = f"{len(negatives)} negative prompts were given for {len(prompts)} prompts"
+        raise Refusal(f"{counts}: pass one, or one for each")
+    if not is_whole(num_images, 1):
+        raise Refusal(f"num_images {num_images} is not a whole number of at least 1")
+    pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(num_images)]
+    return [prompt for prompt, _ in pairs], [negative for _, negative in pairs]
+
+
+def picture_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """One seed for each picture: those given, or a row from the one given or a random one on."""
+    if seed is None:
+        seed = secrets.randbelow(2**31)
+    seeds = [seed + i for i in range(count)] if isinstance(seed, Integral) else list(seed)
+    if len(seeds) != count:
+        mend = "pass one for each, or a single number"
+        raise Refusal(f"{len(seeds)} seeds were given for {count} pictures: {mend}")
+    if not all(is_whole(value, 0) and value < 2**63 for value in seeds):
+        raise Refusal(f"seed {seed} is not a whole number from 0 to 2^63 - 1")
+    return seeds
+
+
+class Call(NamedTuple):
+    """A call that was checked: the texts and the seed of every picture, and the settings of all."""
+
+    prompts: list[str]
+    negatives: list[str]
+    seeds: list[int]
+    settings: Settings
+
+
+def check_call(
+    config: MMDiTConfig,
+    defaults: Defaults,
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str] = "",
+    num_images: int = 1,
+    seed: int | Sequence[int] | None = None,
+    init_image: Image.Image | None = None,
+    **settings: object,
+) -> Call:
+    """Complete and check what a pipeline is called with; nothing is loaded or computed for it."""
+    prompts, negatives = pair_prompts(prompt, negative_prompt, num_images)
+    seeds = picture_seeds(seed, len(prompts))
+    own = {} if init_image is None else {"width": init_image.width, "height": init_image.height}
+    given = own | {name: value for name, value in settings.items() if value is not None}
+    unknown = given.keys() - Settings.__dataclass_fields__.keys()
+    if unknown:
+        known = ", ".join(Settings.__dataclass_fields__)
+        raise Refusal(f"setting {', '.join(unknown)} is not one of {known}")
+    complete = Settings(**dataclasses.asdict(defaults) | given)
+    if max(complete.width, complete.height) > config.largest_side:
+        size = f"{complete.width}x{complete.height}"
+        limit = f"pass at most {config.largest_side} pixels a side"
+        raise Refusal(f"{size} is beyond the model's positional table: {limit}")
+    return Call(prompts, negatives, seeds, complete)
