@@ -13,11 +13,13 @@
 # %% [markdown]
 # # One joint block, term by term
 #
-# The network of Stable Diffusion 3 is a stack of joint blocks (paper §4, Fig. 2b). In a block the text's tokens and the
-# picture's tokens are transformed by **weights of their own**, and meet in one place: an attention over both together.
+# The network of Stable Diffusion 3 is a stack of joint blocks (paper §4, Fig. 2b). In a block the
+# text's tokens and the picture's tokens are transformed by **weights of their own**, and meet in
+# one place: an attention over both together.
 #
-# Here one block is worked out from its bare weight tensors, in the order of the figure, with nothing but sums,
-# products, exponentials and roots. At the end every number has to agree with `sd3min.mmdit.JointBlock`.
+# Here one block is worked out from its bare weight tensors, in the order of the figure, with
+# nothing but sums, products, exponentials and roots. At the end every number has to agree with
+# `sd3min.mmdit.JointBlock`.
 
 # %%
 import math
@@ -30,19 +32,26 @@ from matplotlib.colors import PowerNorm
 from sd3min.config import MMDiTConfig
 from sd3min.mmdit import MMDiT, sinusoid
 
-torch.manual_seed(0)
-model = MMDiT(MMDiTConfig(depth=2, context_width=96, pooled_width=64, grid=12))
-for parameter in model.parameters():
-    fan_in = parameter[0].numel() if parameter.dim() > 1 else 100
-    torch.nn.init.normal_(parameter, std=fan_in**-0.5)
-# For trained weights, put this in place of the three statements above: model = sd3min.load_mmdit()
+
+def random_model():
+    """A small network in which nothing is zero, the same at every run."""
+    torch.manual_seed(0)
+    model = MMDiT(MMDiTConfig(depth=2, context_width=96, pooled_width=64, grid=12))
+    for parameter in model.parameters():
+        fan_in = parameter[0].numel() if parameter.dim() > 1 else 100
+        torch.nn.init.normal_(parameter, std=fan_in**-0.5)
+    return model
+
+
+model = random_model()  # or, trained: sd3min.load_mmdit()
 model = model.double().requires_grad_(False)
 
 # %% [markdown]
 # ## What comes in (Fig. 2a)
 #
-# Three things: the rows $c$ of the text, here 10 words and 4 times the same padding; the patches $x$ of a noisy latent,
-# each 2x2, each with its position added; and one vector $y$, made from the time and from the whole text at once.
+# Three things: the rows of the text, here 10 words and 4 times the same padding; the patches of a
+# noisy latent, 2x2 each, with their positions added; and one vector, the condition, made from the
+# time and from the whole text at once.
 
 # %%
 rows, columns, words, paddings = 5, 6, 10, 4
@@ -62,9 +71,11 @@ print(f"text {list(context.shape)}, image {list(image.shape)}, condition {list(c
 #
 # Each stream makes six vectors from the condition, three for its attention and three for its MLP:
 #
-# $$(\beta,\ \gamma,\ g,\ \beta',\ \gamma',\ g') = W\,\mathrm{SiLU}(y) + b, \qquad \mathrm{SiLU}(y) = \frac{y}{1 + e^{-y}}$$
+# $$(\beta,\ \gamma,\ g,\ \beta',\ \gamma',\ g') = W\,\mathrm{SiLU}(\mathrm{cond}) + b,
+# \qquad \mathrm{SiLU}(u) = \frac{u}{1 + e^{-u}}$$
 #
-# The shift $\beta$ and the scale $\gamma$ change what the attention sees, the gate $g$ how much of its answer is kept.
+# The shift $\beta$ and the scale $\gamma$ change what the attention sees, the gate $g$ how much of
+# its answer is kept.
 
 # %%
 block = model.joint_blocks[0]
@@ -88,7 +99,8 @@ parts = {stream: linear(silu, stream, "adaLN_modulation.1").chunk(6, dim=-1) for
 #
 # Every token is brought to mean 0 and variance 1 over its own channels, then scaled and shifted:
 #
-# $$\tilde x = (1 + \gamma) \cdot \frac{x - \mu(x)}{\sqrt{\sigma^2(x) + 10^{-6}}} + \beta, \qquad (q, k, v) = W\tilde x + b$$
+# $$\tilde x = (1 + \gamma) \cdot \frac{x - \mu(x)}{\sqrt{\sigma^2(x) + 10^{-6}}} + \beta,
+# \qquad (q, k, v) = W\tilde x + b$$
 #
 # The channels of $q$, $k$ and $v$ are then divided among heads, 64 for each.
 
@@ -118,7 +130,8 @@ q_image, k_image, v_image = heads("image")
 #
 # $$A = \mathrm{softmax}\!\left(\frac{q\,k^\top}{\sqrt{64}}\right), \qquad a = A\,v$$
 #
-# Nothing here knows which token is text and which is image: only the weights that made $q$, $k$ and $v$ did.
+# Nothing here knows which token is text and which is image: only the weights that made $q$, $k$ and
+# $v$ did.
 
 # %%
 q = torch.cat([q_text, q_image], dim=1)
@@ -134,10 +147,11 @@ attended = rearrange(attention @ v, "head n e -> 1 n (head e)")
 #
 # Each stream takes its own rows of the answer and goes on alone, with two residuals:
 #
-# $$x \leftarrow x + g\,(W_o\,a + b_o), \qquad x \leftarrow x + g'\,\mathrm{MLP}\big(\mathrm{mod}(x;\ \beta', \gamma')\big)$$
+# $$x \leftarrow x + g\,(W_o\,a + b_o),
+# \qquad x \leftarrow x + g'\,\mathrm{MLP}\big(\mathrm{mod}(x;\ \beta', \gamma')\big)$$
 #
-# The MLP is four times as wide inside, with
-# $\mathrm{GELU}(u) \approx \tfrac{u}{2}\left(1 + \tanh\!\big(\sqrt{2/\pi}\,(u + 0.044715\,u^3)\big)\right)$ between its two layers.
+# The MLP is four times as wide inside, with $\mathrm{GELU}(u) \approx \tfrac{u}{2}\left(1 +
+# \tanh\!\big(\sqrt{2/\pi}\,(u + 0.044715\,u^3)\big)\right)$ between its two layers.
 
 # %%
 length = context.shape[1]
@@ -153,10 +167,11 @@ for stream, x in tokens.items():
 # %% [markdown]
 # ## What the tokens look at
 #
-# The matrix $A$ of one head. A row is a token that asks, and its values add up to 1; a column is a token that answers.
-# Cut between text and image, the matrix has four parts, and that is how the two modalities talk: the lower left
-# is how the words reach the picture. The share in each title is the part of the attention that goes there. The last
-# four text tokens are alike, so their columns are, too: padding is looked at like any word.
+# The matrix $A$ of one head. A row is a token that asks, and its values add up to 1; a column is a
+# token that answers. Cut between text and image, the matrix has four parts, and they are how the
+# two modalities talk: through the lower left, the patches ask the words. Each title says which part
+# of the attention goes there. The last four text tokens are alike, and so are their rows and their
+# columns: padding asks and answers like any word.
 
 # %%
 head = 0
@@ -169,31 +184,41 @@ marks = {  # where a label stands on an axis
 titles = {"text": "text tokens", "image": "patches, by row of the picture"}
 
 figure, panels = plt.subplots(
-    2, 2, figsize=(8.5, 7.8), layout="constrained", width_ratios=counts, height_ratios=counts
+    2,
+    2,
+    figsize=(7.5, 8.5),
+    layout="constrained",
+    sharex="col",
+    sharey="row",
+    width_ratios=counts,
+    height_ratios=counts,
 )
 for i, asking in enumerate(sizes):
     for j, answering in enumerate(sizes):
         quadrant = attention[head, sizes[asking], sizes[answering]]
         panel = panels[i, j]
         drawn = panel.imshow(quadrant, norm=PowerNorm(0.5, 0, attention[head].max()), cmap="Blues")
-        panel.set_title(f"{asking} → {answering}: {quadrant.sum(-1).mean():.0%}")
-        panel.set_xticks(*marks[answering], minor=False)
+        panel.set_title(f"{asking} asks {answering}: {quadrant.sum(-1).mean():.0%}")
+        panel.set_xticks(*marks[answering])
         panel.set_yticks(*marks[asking], rotation=90, va="center")
         panel.tick_params(length=0)
-        for edge in range(columns, rows * columns, columns):
-            if answering == "image":
-                panel.axvline(edge - 0.5, color="0.8", linewidth=0.6)
-            if asking == "image":
-                panel.axhline(edge - 0.5, color="0.8", linewidth=0.6)
     panels[i, 0].set_ylabel(f"asking: {titles[asking]}")
     panels[1, i].set_xlabel(f"answering: {titles[asking]}")
-figure.colorbar(drawn, ax=panels, label=f"attention of head {head}", shrink=0.6)
+figure.colorbar(
+    drawn,
+    ax=panels,
+    location="bottom",
+    ticks=[0, 0.01, 0.05, 0.1, 0.2, 0.4],
+    label=f"attention of head {head}",
+    shrink=0.7,
+)
 plt.show()
 
 # %% [markdown]
 # ## The module says the same
 #
-# In 64-bit numbers two ways of adding the same terms differ by about $10^{-15}$; $10^{-10}$ leaves no room for another formula.
+# In 64-bit numbers two ways of adding the same terms differ by about $10^{-15}$; $10^{-10}$ leaves
+# no room for another formula.
 
 # %%
 for_text, for_image = block(context, image, cond)

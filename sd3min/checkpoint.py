@@ -1,143 +1,64 @@
-"""Safetensors in, modules out: strictly, and without a second copy in memory.
+"""Files to modules: official single files, separate text encoders, tokenizers and defaults.
 
-A part is built on the meta device, where tensors have shapes and no storage, and filled from the memory-mapped file.
+What one file holds is told by `parts`; here several are put together, checked against each other,
+and loaded to a type and a device.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 
-from sd3min import text_encoders as encoders
 from sd3min.autoencoder import Autoencoder
-from sd3min.config import (
-    T5_XXL,
-    AutoencoderConfig,
-    CLIPConfig,
-    Defaults,
-    MMDiTConfig,
-    Refusal,
-    T5Config,
-)
-from sd3min.mmdit import MMDiT, position_table
+from sd3min.config import T5_XXL, Defaults, MMDiTConfig, Refusal
+from sd3min.mmdit import MMDiT
+from sd3min.parts import PREFIXES, TITLES, Part, fill, open_file
 from sd3min.text_encoders import TextEncoders
 
-PREFIXES = {
-    "mmdit": "model.diffusion_model.",
-    "autoencoder": "first_stage_model.",
-    "clip_l": "text_encoders.clip_l.transformer.",
-    "clip_g": "text_encoders.clip_g.transformer.",
-    "t5": "text_encoders.t5xxl.transformer.",
+__all__ = [
+    "PREFIXES",
+    "TITLES",
+    "AnyPath",
+    "Checkpoint",
+    "fill",
+    "fingerprint",
+    "load_autoencoder",
+    "load_mmdit",
+    "load_text_encoders",
+]
+
+TOKENIZERS = {  # folders of a diffusers checkpoint
+    "clip_l": ("tokenizer", CLIPTokenizer),
+    "clip_g": ("tokenizer_2", CLIPTokenizer),
+    "t5": ("tokenizer_3", T5Tokenizer),
 }
-TITLES = {
-    "mmdit": "MMDiT",
-    "autoencoder": "autoencoder",
-    "clip_l": "CLIP-L",
-    "clip_g": "CLIP-G",
-    "t5": "T5",
-}
-MARKS = {  # a tensor that tells a part from every other architecture's
-    "mmdit": "joint_blocks.0.x_block.attn.qkv.weight",
-    "autoencoder": "encoder.down.0.block.0.conv1.weight",
-    "clip_l": "text_model.embeddings.position_embedding.weight",
-    "clip_g": "text_model.embeddings.position_embedding.weight",
-    "t5": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-}
-DERIVED = {"text_model.embeddings.position_ids"}  # some files store it, none needs it
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SMALL = 200_000_000  # parameters up to which float32 is the default on a CPU
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALL = 200_000_000  # parameters up to which float32 is the default
 
 AnyPath = str | Path
-M = TypeVar("M", bound=nn.Module)
 
 
-@dataclass(frozen=True)
-class Part:
-    """One part's tensors in one file: names as the module has them, names in the file, shapes and dtypes."""
-
-    name: str
-    path: Path
-    stored: dict[str, str] = field(default_factory=dict)
-    shapes: dict[str, list[int]] = field(default_factory=dict)
-    dtypes: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def parameters(self) -> int:
-        """Number of values, the positional table's included."""
-        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
-
-    def without(self, names: Collection[str]) -> "Part":
-        """The same part less some tensors."""
-        stored, shapes, dtypes = (
-            {name: value for name, value in table.items() if name not in names}
-            for table in (self.stored, self.shapes, self.dtypes)
-        )
-        return Part(self.name, self.path, stored, shapes, dtypes)
-
-    def read(self, dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
-        """The tensors, mapped from the file, converted where another type or device is asked for."""
-        with safe_open(self.path, framework="pt") as file:
-            tensors = {name: file.get_tensor(stored) for name, stored in self.stored.items()}
-        return {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-
-
-def sort_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Which part each tensor of a file belongs to, and its name there; a bare file holds one part, told by its mark."""
-    names = list(names)
-    prefixes = dict(PREFIXES)
-    if not any(name.startswith(tuple(PREFIXES.values())) for name in names):
-        bare = [part for part, mark in MARKS.items() if mark in names]
-        clip = "clip_g" if "text_projection.weight" in names else "clip_l"
-        prefixes = {part: "" for part in bare if not part.startswith("clip") or part == clip}
-    owners = {}
-    for name in names:
-        found = [
-            (part, name[len(prefix) :])
-            for part, prefix in prefixes.items()
-            if name.startswith(prefix)
-        ]
-        owners[name] = found[0] if found else ("", name)
-    return owners
-
-
-def open_file(path: AnyPath) -> tuple[dict[str, Part], dict[str, str]]:
-    """The parts that a safetensors file holds, and its metadata; only the header is read."""
-    path = Path(path)
-    if not path.is_file():
-        raise Refusal(f"{path} is not a file: pass the path of a .safetensors file")
-    if path.stat().st_size == 0:
-        raise Refusal(f"{path} is empty: copy or download it again")
-    parts: dict[str, Part] = {}
+def read_defaults(path: Path, metadata: Mapping[str, str]) -> Defaults:
+    """The settings that a file's metadata asks for."""
     try:
-        with safe_open(path, framework="pt") as file:
-            for stored, (owner, name) in sort_names(file.keys()).items():
-                part = parts.setdefault(owner, Part(owner, path))
-                part.stored[name] = stored
-                part.shapes[name] = file.get_slice(stored).get_shape()
-                part.dtypes[name] = file.get_slice(stored).get_dtype()
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
+        values = json.loads(metadata.get("sd3min.defaults", "{}"))
+        if not all(type(value) in (int, float) for value in values.values()):
+            raise TypeError("not all numbers")
+        return Defaults(**values)
+    except (AttributeError, TypeError, ValueError, RecursionError):
         raise Refusal(
-            f"{path} is truncated or is not a safetensors file ({error}): copy or download it again"
+            f"the metadata sd3min.defaults of {path} cannot be read: copy or download it again"
         ) from None
-    strangers = parts.pop("", None)
-    if strangers or any(MARKS[name] not in part.shapes for name, part in parts.items()):
-        example = next(iter((strangers or next(iter(parts.values()))).stored.values()))
-        raise Refusal(
-            f"{path} is not a Stable Diffusion 3 file: it holds tensors such as {example}"
-        )
-    return parts, metadata
 
 
 def fingerprint(path: AnyPath) -> str:
-    """SHA-256 of a file's size, of its first MiB and of 64 samples of 64 KiB: tells weights apart in no time at any size."""
+    """SHA-256 of a file's size, its first MiB and 64 samples of 64 KiB: quick at any size."""
     size = Path(path).stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
@@ -148,112 +69,9 @@ def fingerprint(path: AnyPath) -> str:
     return digest.hexdigest()
 
 
-def compare(part: Part, expected: Mapping[str, Tensor]) -> None:
-    """Refuse a part with a tensor missing, extra or of another shape."""
-    shapes = {name: list(tensor.shape) for name, tensor in expected.items()}
-    faults = {
-        "missing": sorted(shapes.keys() - part.shapes.keys()),
-        "not known": sorted(part.shapes.keys() - shapes.keys()),
-        "of another shape": [
-            f"{name} {part.shapes[name]} for {shape}"
-            for name, shape in shapes.items()
-            if part.shapes.get(name, shape) != shape
-        ],
-    }
-    told = [
-        f"{kind}: {', '.join(names[:5])}{' …' * (len(names) > 5)}"
-        for kind, names in faults.items()
-        if names
-    ]
-    if told:
-        raise Refusal(f"{part.path} does not fit its {TITLES[part.name]}: {'; '.join(told)}")
-
-
-def fill(module: M, tensors: Mapping[str, Tensor]) -> M:
-    """Give a module that was built on the meta device its tensors, every one of them, ready for inference."""
-    module.load_state_dict(tensors, strict=True, assign=True)
-    for child in (
-        module.modules()
-    ):  # CLIP's row numbers are in no state dict; left on meta they would read garbage
-        if isinstance(getattr(child, "position_ids", None), Tensor):
-            device = next(iter(tensors.values())).device
-            child.position_ids = torch.arange(child.position_ids.shape[-1], device=device)[None]
-    left = [
-        name
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-        if tensor.is_meta
-    ]
-    if left:
-        raise RuntimeError(f"nothing was loaded into {left}")
-    return module.eval().requires_grad_(False)
-
-
-def build(
-    part: Part,
-    make: Callable[[], M],
-    derived: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> M:
-    """Make a module on the meta device and fill it from a part's tensors and those derived beside them."""
-    with torch.device("meta"):
-        module = make()
-    part = part.without(DERIVED | derived.keys())
-    compare(
-        part, {name: tensor for name, tensor in module.state_dict().items() if name not in derived}
-    )
-    extra = {name: tensor.to(device, dtype) for name, tensor in derived.items()}
-    return fill(module, part.read(dtype, device) | extra)
-
-
-def mmdit_from(part: Part, dtype: torch.dtype, device: torch.device) -> MMDiT:
-    """The MMDiT; a file without a positional table gets the paper's."""
-    config = MMDiTConfig.from_shapes(part.shapes)
-    derived = (
-        {}
-        if "pos_embed" in part.shapes
-        else {"pos_embed": position_table(config.width, config.grid)}
-    )
-    return build(part, lambda: MMDiT(config), derived, dtype, device)
-
-
-def autoencoder_from(part: Part, dtype: torch.dtype, device: torch.device) -> Autoencoder:
-    """The autoencoder."""
-    config = AutoencoderConfig.from_shapes(part.shapes)
-    return build(part, lambda: Autoencoder(config), {}, dtype, device)
-
-
-def clip_from(part: Part, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A CLIP text encoder; CLIP-L's pooled vector is not projected, so its projection is the identity."""
-    config = CLIPConfig.from_shapes(part.shapes)
-    derived = {"text_projection.weight": torch.eye(config.width)} if part.name == "clip_l" else {}
-    return build(part, lambda: encoders.clip(config, part.name), derived, dtype, device)
-
-
-def t5_from(part: Part, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """T5's encoder; its embedding has two names, and a file may hold either or both."""
-    config = T5Config.from_shapes(part.shapes)
-    names = ("shared.weight", "encoder.embed_tokens.weight")
-    there = next(name for name in names if name in part.shapes)
-    tensor = part.read(None, torch.device("cpu"))[there]
-    derived = {name: tensor for name in names if name not in part.shapes}
-    model = build(part, lambda: encoders.t5(config), derived, dtype, device)
-    model.encoder.embed_tokens.weight = model.shared.weight
-    return model
-
-
-MAKERS = {
-    "mmdit": mmdit_from,
-    "autoencoder": autoencoder_from,
-    "clip_l": clip_from,
-    "clip_g": clip_from,
-    "t5": t5_from,
-}
-
-
 @dataclass(frozen=True)
 class Checkpoint:
-    """One or more opened files: their parts, the settings they ask for, and where their tokenizers are."""
+    """Opened files: their parts, the settings they ask for, and where their tokenizers are."""
 
     path: Path
     parts: dict[str, Part]
@@ -267,110 +85,122 @@ class Checkpoint:
         text_encoders: AnyPath | Sequence[AnyPath] | None = None,
         tokenizers: AnyPath | None = None,
     ) -> "Checkpoint":
-        """Read the headers of an official file (sd3-tiny where none is named) and of separate text encoders' files."""
-        path = Path(path) if path else tiny()
-        more = (
-            [text_encoders] if isinstance(text_encoders, str | Path) else list(text_encoders or [])
-        )
+        """Read the headers of an official file, or of sd3-tiny, and of text encoders' own files."""
+        path = tiny() if path is None else Path(path)
+        more = [text_encoders] if isinstance(text_encoders, str | Path) else text_encoders or []
         parts, metadata = open_file(path)
         for other in more:
-            parts |= open_file(other)[0]
-        defaults = Defaults(**json.loads(metadata.get("sd3min.defaults", "{}")))
-        return cls(path, parts, defaults, Path(tokenizers or path.parent))
+            found, _ = open_file(other)
+            if not found.keys() & TOKENIZERS:
+                raise Refusal(f"{other} holds no text encoder: leave it out")
+            parts |= {name: part for name, part in found.items() if name in TOKENIZERS}
+        return cls(path, parts, read_defaults(path, metadata), Path(tokenizers or path.parent))
 
-    def require(self, names: Iterable[str]) -> None:
-        """Refuse where a part is missing."""
+    def require(self, names: Sequence[str]) -> None:
+        """Refuse where a part is missing or damaged."""
         missing = [name for name in names if name not in self.parts]
         if missing:
             titles = ", ".join(TITLES[name] for name in missing)
             held = ", ".join(TITLES[name] for name in self.parts)
-            separate = any(name in ("clip_l", "clip_g", "t5") for name in missing)
-            mend = "pass their files as text_encoders" if separate else "pass a file that holds it"
-            without = ", or t5=False to go without T5" if missing == ["t5"] else ""
+            separate = all(name in TOKENIZERS for name in missing)
+            mend = (
+                "name the text encoders' own files too" if separate else "pass a file that holds it"
+            )
+            without = ", or go without T5" if missing == ["t5"] else ""
             raise Refusal(f"{self.path} holds {held} and lacks {titles}: {mend}{without}")
+        for name in names:
+            self.parts[name].skeleton()
 
     def placement(
         self, device: str | torch.device | None, dtype: str | torch.dtype | None
     ) -> tuple[torch.dtype, torch.device]:
-        """The type and device to load to: float32 for small files; bfloat16 on a CPU, and on a GPU the type as stored."""
+        """The type and device to load to: small models in float32, others as stored on a GPU."""
         device = usable_device(device)
         if dtype is not None:
             return usable_dtype(dtype), device
         largest = max(self.parts.values(), key=lambda part: part.parameters)
-        if largest.parameters <= SMALL:
+        main = self.parts.get("mmdit", largest)
+        if main.parameters <= SMALL:
             return torch.float32, device
-        stored = {"F32": torch.float32, "F16": torch.float16}.get(
-            next(iter(largest.dtypes.values())), torch.bfloat16
-        )
-        return (torch.bfloat16 if device.type == "cpu" else stored), device
+        stored = next(iter(main.tensors.values())).dtype
+        kept = {"F32": torch.float32, "F16": torch.float16}.get(stored, torch.bfloat16)
+        return (torch.bfloat16 if device.type == "cpu" else kept), device
 
-    def load(self, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    def load(self, name: str, dtype: torch.dtype, device: torch.device) -> Any:
         """One part as a module."""
         self.require([name])
-        return MAKERS[name](self.parts[name], dtype, device)
-
-    def load_tokenizers(self, t5: bool = True) -> list[PreTrainedTokenizerBase]:
-        """CLIP-L's, CLIP-G's and T5's tokenizers, from the folders of a diffusers checkpoint."""
-        classes = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer}
-        classes |= {"tokenizer_3": T5Tokenizer} if t5 else {}
-        missing = [name for name in classes if not (self.tokenizers / name).is_dir()]
-        if missing:
-            raise Refusal(
-                f"{self.tokenizers} lacks the folder {', '.join(missing)}: pass the folder that holds "
-                f"{', '.join(classes)} as tokenizers"
-            )
-        return [kind.from_pretrained(self.tokenizers / name) for name, kind in classes.items()]
+        return self.parts[name].load(dtype, device)
 
     def load_text_encoders(
         self, dtype: torch.dtype, device: torch.device, t5: bool = True
     ) -> TextEncoders:
         """All text encoders with their tokenizers; without T5 its rows are zeros."""
-        self.require(["clip_l", "clip_g", *(["t5"] if t5 else [])])
-        tokenizers = self.load_tokenizers(t5)
-        width = (
-            T5Config.from_shapes(self.parts["t5"].shapes).width
-            if "t5" in self.parts
-            else T5_XXL.width
-        )
-        if "mmdit" in self.parts:
-            width = MMDiTConfig.from_shapes(self.parts["mmdit"].shapes).context_width
-        models = [
-            self.load(name, dtype, device) for name in ("clip_l", "clip_g", *(["t5"] if t5 else []))
+        names = ["clip_l", "clip_g", "t5"] if t5 else ["clip_l", "clip_g"]
+        self.require(names)
+        width = self.context_width()
+        tokenizers = [self.load_tokenizer(name) for name in names]
+        models = [self.load(name, dtype, device) for name in names]
+        clip_l, clip_g, last = [*models, None][:3]
+        return TextEncoders(clip_l, clip_g, last, tokenizers, width, self.defaults.t5_length)
+
+    def context_width(self) -> int:
+        """Width of the context; refused where the encoders fit neither each other nor the MMDiT."""
+        configs = {name: part.config for name, part in self.parts.items()}
+        clip_l, clip_g, t5 = configs["clip_l"], configs["clip_g"], configs.get("t5")
+        pooled = clip_l.width + clip_g.width
+        width = (t5 or T5_XXL).width
+        mmdit = configs.get("mmdit", MMDiTConfig(1, width, pooled))
+        fits = [
+            clip_l.length == clip_g.length,
+            pooled == mmdit.pooled_width,
+            pooled <= mmdit.context_width,
+            t5 is None or t5.width == mmdit.context_width,
         ]
-        return TextEncoders(
-            models[0],
-            models[1],
-            models[2] if t5 else None,
-            tokenizers,
-            width,
-            self.defaults.t5_length,
-        )
+        if not all(fits):
+            raise Refusal(
+                f"the text encoders given with {self.path} do not fit it or each other: "
+                "pass those that it was trained with"
+            )
+        return mmdit.context_width
+
+    def load_tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        """An encoder's tokenizer, from its folder of a diffusers checkpoint."""
+        place, kind = TOKENIZERS[name]
+        folder, vocabulary = self.tokenizers / place, self.parts[name].config.vocabulary
+        try:
+            tokenizer = kind.from_pretrained(folder) if folder.is_dir() else None
+        except Exception:  # whatever the files hold
+            tokenizer = None
+        # T5's table has spare rows; a tokenizer of missing files has a few tokens and no error
+        if tokenizer is None or not 0.99 * vocabulary <= len(tokenizer) <= vocabulary:
+            places = ", ".join(place for place, _ in TOKENIZERS.values())
+            raise Refusal(
+                f"{folder} is not {TITLES[name]}'s tokenizer of {vocabulary:,} tokens: "
+                f"name the folder that holds {places}"
+            )
+        return tokenizer
 
 
 def tiny() -> Path:
     """The shipped sd3-tiny: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parent
-    places = [
-        folder / "weights" / "sd3-tiny" / "sd3-tiny.safetensors"
-        for folder in (package, package.parent)
-    ]
+    places = [top / "weights/sd3-tiny/sd3-tiny.safetensors" for top in (package, package.parent)]
     found = [place for place in places if place.is_file()]
     if not found:
-        raise Refusal(
-            f"sd3-tiny is not at {places[0]}: install sd3min again, or pass the path of other weights"
-        )
+        mend = "install sd3min again, or pass the path of other weights"
+        raise Refusal(f"sd3-tiny is not at {places[0]}: {mend}")
     return found[0]
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, or a GPU where there is one; refused where this machine lacks it."""
     try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise Refusal(
-            f"device {device} cannot be used here: pass cpu, or cuda where PyTorch sees a GPU"
-        ) from None
+        with warnings.catch_warnings(action="ignore"):
+            chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            torch.zeros(1, device=chosen).cpu()
+    except (RuntimeError, AssertionError, ImportError):
+        mend = "pass cpu, or cuda where PyTorch sees a GPU"
+        raise Refusal(f"device {device} cannot be used here: {mend}") from None
     return chosen
 
 
@@ -383,7 +213,9 @@ def usable_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def load_mmdit(
-    path: AnyPath | None = None, device: str | None = None, dtype: str | None = None
+    path: AnyPath | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> MMDiT:
     """The MMDiT of a file, alone."""
     checkpoint = Checkpoint.open(path)
@@ -391,7 +223,9 @@ def load_mmdit(
 
 
 def load_autoencoder(
-    path: AnyPath | None = None, device: str | None = None, dtype: str | None = None
+    path: AnyPath | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> Autoencoder:
     """The autoencoder of a file, alone."""
     checkpoint = Checkpoint.open(path)
@@ -401,11 +235,11 @@ def load_autoencoder(
 def load_text_encoders(
     path: AnyPath | Sequence[AnyPath] | None = None,
     tokenizers: AnyPath | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
     t5: bool = True,
 ) -> TextEncoders:
     """The text encoders of one or several files, alone."""
-    first, *more = [path] if isinstance(path, str | Path | None) else path
-    checkpoint = Checkpoint.open(first, more, tokenizers)
+    paths = [path] if isinstance(path, str | Path) else list(path or [])
+    checkpoint = Checkpoint.open(paths[0] if paths else None, paths[1:], tokenizers)
     return checkpoint.load_text_encoders(*checkpoint.placement(device, dtype), t5)

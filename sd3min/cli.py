@@ -1,21 +1,28 @@
 """The commands: `sd3min generate` makes pictures, `sd3min inspect` says what a file holds.
 
-A call that cannot be carried out ends with exit code 2 and one sentence.
+A call that cannot be carried out ends before any work, with exit code 2 and one sentence.
 """
 
 import argparse
+import io
+import os
 import re
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from sd3min import checkpoint, pipeline
-from sd3min.config import PRESETS, AutoencoderConfig, CLIPConfig, MMDiTConfig, Refusal, T5Config
+from sd3min import checkpoint, flow, pipeline
+from sd3min.config import PRESETS, Refusal
+from sd3min.parts import TITLES, Part
+from sd3min.settings import check_call
+
+MOST_PICTURES = 100  # of one run: their numbers have two digits
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,106 +33,135 @@ class Parser(argparse.ArgumentParser):
         raise Refusal(f"{message} (see {self.prog} --help)")
 
 
-def size(text: str) -> tuple[int, int]:
+def text(value: str) -> str:
+    """A prompt, which a terminal may hand over in another encoding than UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not text in UTF-8") from None
+    return value
+
+
+def whole(value: str) -> int:
+    """A whole number."""
+    try:
+        return int(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number") from None
+
+
+def number(value: str) -> float:
+    """A number."""
+    try:
+        return float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a number") from None
+
+
+def size(value: str) -> tuple[int, int]:
     """Width and height from "WxH"."""
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    found = re.fullmatch(r"(\d{1,9})x(\d{1,9})", value)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1024x768")
+        raise argparse.ArgumentTypeError(f"{value!r} is not a size such as 1024x768")
     return int(found[1]), int(found[2])
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
+    """Both commands and their options."""
     parser = Parser(prog="sd3min", description="Stable Diffusion 3, small enough to read.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-
-    generate = commands.add_parser("generate", help="make pictures of prompts")
-    generate.set_defaults(run=run_generate)
-    generate.add_argument(
-        "prompt", nargs="+", help="what to show; several prompts make several pictures"
-    )
-    generate.add_argument("--negative", default="", help="what guidance leads away from")
-    generate.add_argument(
-        "--weights", type=Path, help="official single file (default: the shipped sd3-tiny)"
-    )
-    generate.add_argument(
-        "--text-encoders", type=Path, nargs="+", help="files of encoders that --weights lacks"
-    )
-    generate.add_argument(
-        "--tokenizers", type=Path, help="folder with tokenizer, tokenizer_2, tokenizer_3"
-    )
-    generate.add_argument("--steps", type=int, help="Euler steps")
-    generate.add_argument(
-        "--guidance", type=float, help="guidance scale; 1 or less turns guidance off"
-    )
-    generate.add_argument("--shift", type=float, help="resolution shift of the schedule")
-    generate.add_argument("--schedule", help="official or single_shift")
-    generate.add_argument("--sampler", help="euler")
-    generate.add_argument(
-        "--seed", type=int, help="of the first picture; later ones count up (default: random)"
-    )
-    generate.add_argument(
-        "--size", type=size, default=(None, None), help="WxH in pixels, multiples of 16"
-    )
-    generate.add_argument("--num-images", type=int, default=1, help="pictures of each prompt")
-    generate.add_argument("--init-image", type=Path, help="picture to start from")
-    generate.add_argument(
-        "--strength", type=float, default=0.6, help="how far to leave it, above 0 and at most 1"
-    )
-    generate.add_argument("--no-t5", action="store_true", help="leave T5 out: zeros in its place")
-    generate.add_argument("--dtype", help="float32, bfloat16 or float16")
-    generate.add_argument("--device", help="cpu, cuda, …")
-    generate.add_argument(
-        "--out", type=Path, help="PNG to write; several pictures are numbered (default: the prompt)"
-    )
-
-    inspect = commands.add_parser("inspect", help="say what a file holds")
-    inspect.set_defaults(run=run_inspect)
-    inspect.add_argument(
-        "path", type=Path, nargs="?", help="a .safetensors file (default: the shipped sd3-tiny)"
-    )
+    commands = parser.add_subparsers(metavar="command", parser_class=Parser)
+    add_generate(commands.add_parser("generate", help="make pictures of prompts"))
+    add_inspect(commands.add_parser("inspect", help="say what a file holds"))
     return parser
 
 
-def open_image(path: Path) -> Image.Image:
-    """A picture file, read whole."""
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    """The options of `sd3min generate`."""
+    parser.set_defaults(run=run_generate)
+    add = parser.add_argument
+    add("prompt", type=text, nargs="+", help="what to show; several make several pictures")
+    add("--negative", type=text, default="", metavar="TEXT", help="what guidance leads away from")
+    add("--weights", type=Path, metavar="FILE", help="official file (default: sd3-tiny)")
+    encoders = "files of encoders that --weights lacks"
+    add("--text-encoders", type=Path, nargs="+", metavar="FILE", help=encoders)
+    tokenizers = "holds tokenizer, tokenizer_2, tokenizer_3 (default: beside the weights)"
+    add("--tokenizers", type=Path, metavar="FOLDER", help=tokenizers)
+    add("--no-t5", action="store_true", help="leave T5 out: zeros in its place")
+    add("--dtype", help="float32, bfloat16 or float16")
+    add("--device", help="cpu, cuda, …")
+    add("--steps", type=whole, help="steps of the sampler")
+    add("--guidance", type=number, help="guidance scale; 1 or less turns guidance off")
+    add("--shift", type=number, help="resolution shift of the schedule")
+    add("--schedule", help=" or ".join(flow.SCHEDULES))
+    add("--sampler", help=" or ".join(flow.SAMPLERS))
+    add("--seed", type=whole, help="of the first picture; others count up (default: random)")
+    add("--size", type=size, metavar="WxH", help="in pixels, multiples of 16")
+    add("--num-images", type=whole, default=1, help="pictures of each prompt")
+    add("--init-image", type=Path, metavar="FILE", help="picture to start from")
+    strength = "how far to leave it, above 0 and at most 1 (default: 0.6)"
+    add("--strength", type=number, help=strength)
+    out = "PNG to write; several pictures are numbered (default: named after the prompt)"
+    add("--out", type=Path, metavar="PNG", help=out)
+
+
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    """The options of `sd3min inspect`."""
+    parser.set_defaults(run=run_inspect)
+    parser.add_argument("path", type=Path, nargs="?", help="official file (default: sd3-tiny)")
+
+
+def targets(out: Path | None, prompt: str, count: int) -> list[Path]:
+    """A file name for every picture, each of which can be written."""
+    name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "picture"
+    out = out or Path(f"{name}.png")
+    if count > MOST_PICTURES:
+        raise Refusal(f"{count} pictures are too many for one run: ask for {MOST_PICTURES} at most")
+    if out.suffix.lower() != ".png":
+        raise Refusal(f"--out {out} is not the name of a PNG: end it with .png")
+    paths = [out] if count == 1 else [out.with_stem(f"{out.stem}-{i:02}") for i in range(count)]
     try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError:
-        raise Refusal(f"{path} does not exist: pass the path of a picture") from None
-    except (OSError, UnidentifiedImageError):
-        raise Refusal(f"{path} is not a picture that can be read") from None
-    return image
+        folder = next((path for path in paths if path.is_dir()), None)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise Refusal(f"--out {out} cannot be written ({reason}): pass another") from None
+    if folder:
+        raise Refusal(f"--out {folder} is a folder: pass the name of a PNG")
+    return paths
 
 
-def targets(out: Path | None, prompts: Sequence[str], count: int) -> list[Path]:
-    """A file name for every picture."""
-    out = out or Path(
-        re.sub(r"\W+", "-", prompts[0].lower()).strip("-")[:60] or "picture"
-    ).with_suffix(".png")
-    if not out.parent.is_dir():
-        raise Refusal(f"the folder {out.parent} does not exist: make it first")
-    if out.suffix.lower() != ".png" or out.is_dir():
-        raise Refusal(f"{out} is not the name of a PNG: end it with .png")
-    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i:02}") for i in range(count)]
+def open_image(path: Path) -> Image.Image:
+    """A picture file, read whole and turned upright."""
+    if not path.exists():
+        raise Refusal(f"--init-image {path} does not exist: pass the path of a picture")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception:  # whatever the file holds
+        raise Refusal(
+            f"--init-image {path} is not a picture that can be read: pass a PNG or a JPEG"
+        ) from None
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
-    """Make pictures and say where they are; everything is checked before the weights are loaded."""
-    paths = targets(arguments.out, arguments.prompt, len(arguments.prompt) * arguments.num_images)
+    """Make pictures and say where they are; everything is checked before the weights are read."""
+    if arguments.strength is not None and arguments.init_image is None:
+        raise Refusal("--strength says how far to leave --init-image: pass both or neither")
+    count = len(arguments.prompt) * max(arguments.num_images, 1)
+    paths = targets(arguments.out, arguments.prompt[0], count)
     opened = checkpoint.Checkpoint.open(
         arguments.weights, arguments.text_encoders, arguments.tokenizers
     )
     opened.require(["mmdit"])
+    width, height = arguments.size or (None, None)
     call = {
         "prompt": arguments.prompt,
         "negative_prompt": arguments.negative,
         "num_images": arguments.num_images,
         "seed": arguments.seed,
         "init_image": open_image(arguments.init_image) if arguments.init_image else None,
-        "width": arguments.size[0],
-        "height": arguments.size[1],
+        "width": width,
+        "height": height,
         "steps": arguments.steps,
         "guidance_scale": arguments.guidance,
         "shift": arguments.shift,
@@ -133,57 +169,74 @@ def run_generate(arguments: argparse.Namespace) -> None:
         "sampler": arguments.sampler,
         "strength": arguments.strength,
     }
-    config = MMDiTConfig.from_shapes(opened.parts["mmdit"].shapes)
-    pipeline.check_call(config, opened.defaults, **call)
+    check_call(opened.parts["mmdit"].config, opened.defaults, **call)
     pipe = pipeline.assemble(opened, arguments.device, arguments.dtype, not arguments.no_t5)
-    for image, path in zip(pipe(**call), paths, strict=True):
+    for image, path in zip(pipe(**call, progress=sys.stderr.isatty()), paths, strict=True):
         pipeline.save(image, path)
         print(path)
 
 
-def sizes(part: checkpoint.Part) -> str:
+def sizes(part: Part) -> str:
     """A part's sizes in words."""
+    config = part.config
     if part.name == "mmdit":
-        config = MMDiTConfig.from_shapes(part.shapes)
-        known = next(
-            (name for name, preset in PRESETS.items() if preset == config), "of no released size"
-        )
-        return f"{known}: depth {config.depth}, width {config.width}, positions {config.grid}x{config.grid}"
+        known = (name for name, preset in PRESETS.items() if preset == config)
+        name = next(known, "of no released size")
+        return f"{name}, depth {config.depth}, positions {config.grid}x{config.grid}"
     if part.name == "autoencoder":
-        return f"widths {', '.join(map(str, AutoencoderConfig.from_shapes(part.shapes).widths))}"
-    config = (T5Config if part.name == "t5" else CLIPConfig).from_shapes(part.shapes)
+        return f"widths {', '.join(map(str, config.widths))}"
     return f"{config.layers} layers, width {config.width}, vocabulary {config.vocabulary}"
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
     """Print a line for each part, and what is missing for a picture."""
     opened = checkpoint.Checkpoint.open(arguments.path)
-    print(opened.path)
-    for name, part in opened.parts.items():
-        types = ", ".join(f"{kind} x{n}" for kind, n in Counter(part.dtypes.values()).items())
-        title = checkpoint.TITLES[name]
-        print(
-            f"  {title:12} {part.parameters:>14,} values in {len(part.shapes):>4} tensors ({types}); {sizes(part)}"
-        )
-    missing = [title for name, title in checkpoint.TITLES.items() if name not in opened.parts]
-    print(f"  missing: {', '.join(missing) or 'nothing'}")
+    lines = [str(opened.path)]
+    for part in opened.parts.values():
+        part.skeleton()
+        types = Counter(tensor.dtype for tensor in part.tensors.values())
+        stored = ", ".join(f"{count} tensors in {dtype}" for dtype, count in types.items())
+        counted = f"{TITLES[part.name]:12} {part.parameters:>13,} parameters"
+        lines.append(f"  {counted}, {stored}: {sizes(part)}")
+    missing = [title for name, title in TITLES.items() if name not in opened.parts]
+    print("\n".join([*lines, f"  missing: {', '.join(missing) or 'nothing'}"]))
 
 
-def show_warning(message: Warning | str, *_: object) -> None:
-    """Print a warning as one line."""
-    print(f"sd3min: {message}", file=sys.stderr)
+def say(message: object, *_: object) -> None:
+    """Print a refusal or a warning as one line."""
+    print("sd3min:", *str(message).split(), file=sys.stderr)
+
+
+def run(arguments: Sequence[str] | None) -> None:
+    """Run a command."""
+    parsed = make_parser().parse_args(arguments)
+    if "run" not in parsed:
+        raise Refusal("no command was given: pass generate or inspect (see sd3min --help)")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a file name that it cannot show
+    parsed.run(parsed)
+    sys.stdout.flush()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    warnings.showwarning = show_warning
     try:
-        parsed = make_parser().parse_args(arguments)
-        parsed.run(parsed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = say
+            run(arguments)
     except Refusal as refusal:
-        print(f"sd3min: {refusal}", file=sys.stderr)
+        say(refusal)
         return 2
     except KeyboardInterrupt:
-        print("sd3min: interrupted", file=sys.stderr)
+        say("interrupted")
         return 130
+    except BrokenPipeError:  # nobody reads on: what is left to print goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise
+        say("the memory does not suffice: pass a smaller --size, fewer images or --dtype bfloat16")
+        return 2
     return 0

@@ -23,12 +23,8 @@ class Refusal(ValueError):
 
 
 def count(shapes: Shapes, pattern: str) -> int:
-    """Length of a numbered list of modules: one more than the largest number that `pattern`
-    captures.
-    """
-    return 1 + max(
-        (int(found[1]) for name in shapes if (found := re.match(pattern, name))), default=-1
-    )
+    """Length of a numbered list of modules: how many numbers `pattern` captures."""
+    return len({found[1] for name in shapes if (found := re.match(pattern, name))})
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def token_ids(
     """Ids of the prompts, cut or padded to `length` as the tokenizer pads; a cut is one warning
     that quotes it.
     """
-    whole = tokenizer(list(prompts), return_offsets_mapping=True)
+    whole = tokenizer(list(prompts), return_offsets_mapping=True, verbose=False)
     cut = [
         prompt[offsets[length - 1][0] :].strip()  # the last place belongs to the end of the text
         for prompt, offsets in zip(prompts, whole["offset_mapping"], strict=True)

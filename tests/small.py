@@ -22,7 +22,7 @@ VARIANTS = {
     "SD3.5-medium": MMDiTConfig(2, 320, 192, grid=24, qk_norm=True, dual_blocks=1),
     "SD3.5-large": MMDiTConfig(depth=3, context_width=320, pooled_width=192, grid=12, qk_norm=True),
 }
-AUTOENCODER = AutoencoderConfig(widths=(32, 64, 64, 96), blocks=2)
+AUTOENCODER = AutoencoderConfig(widths=(64, 64, 96, 128), blocks=2)
 DEFAULTS = Defaults(
     width=64, height=48, steps=4, guidance_scale=4.0, shift=3.0, t5_length=vocabulary.LENGTH
 )
