@@ -57,7 +57,9 @@ def tokenizers(folder: Path) -> list:
     ]
 
 
-def encoders(given: list, length: int = vocabulary.LENGTH, context_width: int = 320) -> TextEncoders:
+def encoders(
+    given: list, length: int = vocabulary.LENGTH, context_width: int = 320
+) -> TextEncoders:
     """CLIP-L of width 64, CLIP-G of width 128 and T5 of width 320, for any tokenizers."""
     clip_l = CLIPConfig(layers=3, width=64, mlp_width=96, vocabulary=len(given[0]), length=length)
     clip_g = CLIPConfig(layers=4, width=128, mlp_width=160, vocabulary=len(given[1]), length=length)

@@ -1,21 +1,25 @@
 """Train sd3-tiny, the small Stable Diffusion 3 in `weights/`: about two hours on two cores.
 
-python tools/make_tiny.py --work FOLDER
+python tools/make_tiny.py --work FOLDER [--out FOLDER]
 
 Every stage leaves a checkpoint in FOLDER, and a run that was stopped goes on from the last one.
 Seeds are fixed.
 """
 
 import argparse
+import dataclasses
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from sd3min import text_encoders
 from sd3min.autoencoder import Autoencoder
-from sd3min.config import AutoencoderConfig, CLIPConfig, MMDiTConfig, T5Config
+from sd3min.checkpoint import PREFIXES
+from sd3min.config import AutoencoderConfig, CLIPConfig, Defaults, MMDiTConfig, T5Config
 from sd3min.mmdit import MMDiT
 from sd3min.text_encoders import TextEncoders
 from sd3min.training import images, text_to_image, vocabulary
@@ -27,14 +31,15 @@ CLIP = {"layers": 3, "width": 128, "mlp_width": 512}
 T5 = {"layers": 3, "width": 256, "mlp_width": 512, "heads": 4}
 RESOLUTION = 64  # pixels
 SHIFT = 3.0
+DEFAULTS = Defaults(
+    width=RESOLUTION, height=RESOLUTION, steps=20, guidance_scale=4.0, shift=SHIFT, t5_length=16
+)
 PICTURES = 30_720
 BATCH = 96
 IMAGE_BATCH = 16
 RECONSTRUCTION = Recipe(steps=2400, learning_rate=1e-3)
-DECODER = Recipe(
-    steps=800, learning_rate=3e-4
-)  # after the latents' scale is folded in, encoder fixed
-FLOW = Recipe(steps=9000, learning_rate=6e-4, warmup=300)
+DECODER = Recipe(steps=800, learning_rate=3e-4)  # alone, once the latents have their scale
+FLOW = Recipe(steps=11_000, learning_rate=8e-4, warmup=300)
 
 
 def train_autoencoder(work: Path) -> Autoencoder:
@@ -100,21 +105,39 @@ def train_flow(work: Path, autoencoder: Autoencoder) -> tuple[MMDiT, TextEncoder
     return mmdit, encoders
 
 
+def assemble(folder: Path, autoencoder: Autoencoder, mmdit: MMDiT, encoders: TextEncoders) -> None:
+    """Write everything as an official single file in half precision, its tokenizers beside it."""
+    modules = {
+        "mmdit": mmdit,
+        "autoencoder": autoencoder,
+        "clip_l": encoders.clip_l,
+        "clip_g": encoders.clip_g,
+        "t5": encoders.t5,
+    }
+    tensors = {
+        PREFIXES[part] + name: tensor.half().contiguous()
+        for part, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+    del tensors[PREFIXES["clip_l"] + "text_projection.weight"]  # the identity
+    del tensors[PREFIXES["t5"] + "encoder.embed_tokens.weight"]  # shared.weight again
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary.save_tokenizers(folder)
+    settings = json.dumps(dataclasses.asdict(DEFAULTS))
+    save_file(tensors, folder / "sd3-tiny.safetensors", {"sd3min.defaults": settings})
+
+
 def main() -> None:
     """Run the stages in order."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--work",
-        type=Path,
-        required=True,
-        help="folder of the checkpoints, made where it is missing",
-    )
+    parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoints")
+    parser.add_argument("--out", type=Path, default=Path("weights/sd3-tiny"), help="the weights")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     autoencoder = train_autoencoder(arguments.work)
-    train_flow(arguments.work, autoencoder)
+    assemble(arguments.out, autoencoder, *train_flow(arguments.work, autoencoder))
 
 
 if __name__ == "__main__":

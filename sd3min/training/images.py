@@ -3,28 +3,29 @@ official latent scale.
 """
 
 import random
+from collections.abc import Iterable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from sd3min.autoencoder import SCALE, SHIFT, Autoencoder
+from sd3min.pipeline import to_tensor
 from sd3min.training import scenes
 
 KL_WEIGHT = 1e-3
 
 
-def to_tensor(picture: object) -> Float[Tensor, "3 H W"]:
-    """A PIL picture as a tensor in −1 to 1."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+def drawn(wanted: Iterable[scenes.Scene], rng: random.Random) -> Float[Tensor, "b 3 H W"]:
+    """Pictures of scenes as tensors in −1 to 1; `rng` settles where the things lie."""
+    return torch.cat([to_tensor(scenes.draw(scene, rng)) for scene in wanted])
 
 
 def batch(seed: str, size: int) -> Float[Tensor, "b 3 H W"]:
     """Pictures of random seen scenes; the seed decides them."""
     rng = random.Random(seed)
-    return torch.stack([to_tensor(scenes.draw(scenes.random_scene(rng), rng)) for _ in range(size)])
+    return drawn((scenes.random_scene(rng) for _ in range(size)), rng)
 
 
 def reconstruction_loss(

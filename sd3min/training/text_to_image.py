@@ -14,7 +14,7 @@ from sd3min.autoencoder import SCALE, SHIFT, Autoencoder
 from sd3min.mmdit import MMDiT, position_table
 from sd3min.text_encoders import Conditioning, TextEncoders
 from sd3min.training import scenes
-from sd3min.training.images import to_tensor
+from sd3min.training.images import drawn
 from sd3min.training.loop import save
 from sd3min.training.objective import flow_matching_loss, logit_normal_times
 
@@ -44,38 +44,33 @@ def initialise(mmdit: MMDiT, encoders: TextEncoders, resolution: int) -> None:
 
 
 class Latents:
-    """Posteriors of many drawn scenes, encoded once and kept in a file, with the scenes."""
+    """Latents of many drawn scenes, encoded once and kept in a file, with the scenes.
+
+    They are the posteriors' modes: this autoencoder's posteriors are wide, and a sample's noise
+    would only slow the learning.
+    """
 
     def __init__(self, autoencoder: Autoencoder, count: int, path: Path, chunk: int = 64):
-        """Read them from `path`, or draw and encode `count` scenes, a multiple of `chunk`, and
-        write them there.
-        """
+        """Read them from `path`, or draw and encode `count` scenes and write them there."""
         if not path.exists():
             save(self.encode(autoencoder, count, chunk), path)
         state = torch.load(path)
-        self.mean, self.logvar = state["mean"].float(), state["logvar"].float()
+        self.data = (state["mean"].float() - SHIFT) * SCALE
         self.scenes = [scenes.parse(caption) for caption in state["captions"]]
 
     @staticmethod
     @torch.no_grad()
     def encode(autoencoder: Autoencoder, count: int, chunk: int) -> dict[str, object]:
-        """Mean and log variance of every picture in bfloat16, and its caption."""
-        means, logvars, captions = [], [], []
+        """Mean of every picture's posterior in bfloat16, and its caption; chunk by chunk."""
+        means, captions = [], []
         for first in tqdm(range(0, count, chunk), desc="latents"):
             rng = random.Random(f"latents {first}")
-            drawn = [scenes.random_scene(rng) for _ in range(chunk)]
-            pictures = torch.stack([to_tensor(scenes.draw(scene, rng)) for scene in drawn])
+            wanted = [scenes.random_scene(rng) for _ in range(chunk)]
             with torch.autocast("cpu", torch.bfloat16):
-                mean, logvar = autoencoder.moments(pictures)
+                mean, _ = autoencoder.moments(drawn(wanted, rng))
             means.append(mean.bfloat16())
-            logvars.append(logvar.bfloat16())
-            captions += [scene.caption for scene in drawn]
-        return {"mean": torch.cat(means), "logvar": torch.cat(logvars), "captions": captions}
-
-    def sample(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """Scaled and shifted latents of some pictures, sampled from their posteriors."""
-        mean, deviation = self.mean[indices], torch.exp(0.5 * self.logvar[indices])
-        return (mean + deviation * torch.randn(mean.shape, generator=generator) - SHIFT) * SCALE
+            captions += [scene.caption for scene in wanted]
+        return {"mean": torch.cat(means), "captions": captions}
 
 
 def caption(scene: scenes.Scene, rng: random.Random) -> str:
@@ -108,7 +103,7 @@ def batch_loss(
     conditioning = drop_t5(encoders.encode(captions), encoders.t5_length, generator)
     context, pooled = (part.repeat_interleave(DRAWS, dim=0) for part in conditioning)
 
-    data = latents.sample(indices, generator).repeat_interleave(DRAWS, dim=0)
+    data = latents.data[indices].repeat_interleave(DRAWS, dim=0)
     noise = torch.randn(data.shape, generator=generator)
     t = logit_normal_times(len(data), shift, generator)
 

@@ -4,6 +4,7 @@ import oracle
 import pytest
 import small
 import torch
+
 from sd3min import formats
 
 TOLERANCES = {

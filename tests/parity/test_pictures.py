@@ -5,11 +5,12 @@ from collections.abc import Iterator
 import numpy as np
 import oracle
 import pytest
-import sd3min
 import small
 import torch
 from diffusers import StableDiffusion3Img2ImgPipeline
 from PIL import Image
+
+import sd3min
 from sd3min.pipeline import Pipeline
 
 FLOAT32_SHARE = 0.005  # of the values may differ in float32, by one level

@@ -7,8 +7,9 @@ import oracle
 import pytest
 import small
 import torch
-from sd3min.pipeline import Pipeline
 from transformers import CLIPTokenizer, T5Tokenizer
+
+from sd3min.pipeline import Pipeline
 
 REAL = Path(__file__).parents[3] / "shared" / "tokenizers"
 PROMPTS = {
