@@ -22,17 +22,17 @@ from sd3min.config import SIZE_STEP, Defaults, MMDiTConfig, Refusal
 
 def is_whole(value: object, least: int) -> bool:
     """Whether a value is a whole number of at least `least`."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and bool(value >= least)
 
 
 def is_finite(value: object, least: float) -> bool:
     """Whether a value is a finite number of at least `least`."""
-    return isinstance(value, Real) and math.isfinite(value) and value >= least
+    return isinstance(value, Real) and math.isfinite(value) and bool(value >= least)
 
 
 def is_side(value: object) -> bool:
     """Whether a value is the side of a picture: whole patches of latents."""
-    return is_whole(value, SIZE_STEP) and value % SIZE_STEP == 0
+    return is_whole(value, SIZE_STEP) and bool(value % SIZE_STEP == 0)
 
 
 def nearest_side(value: object) -> int:
@@ -124,7 +124,7 @@ def picture_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """One seed for each picture: those given, or a row from the one given or a random one on."""
     if seed is None:
         seed = secrets.randbelow(2**31)
-    seeds = [seed + i for i in range(count)] if isinstance(seed, Integral) else list(seed)
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed + i for i in range(count)]
     if len(seeds) != count:
         mend = "pass one for each, or a single number"
         raise Refusal(f"{len(seeds)} seeds were given for {count} pictures: {mend}")
