@@ -147,7 +147,7 @@ class Stream(nn.Module):
 
 
 class DualStream(Stream):
-    """SD3.5-medium's image stream: beside the joint attention a second one, over the image alone."""
+    """SD3.5-medium's image stream: beside the joint attention a second one, of the image alone."""
 
     def __init__(self, width: int, qk_norm: bool):
         super().__init__(width, qk_norm, parts=9)

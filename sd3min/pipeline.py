@@ -49,7 +49,7 @@ def save(image: Image.Image, path: str | Path) -> None:
     for key, text in image.info.items():
         if isinstance(text, str):
             record.add_itxt(key, text)
-    part = Path(path).with_suffix(".part")
+    part = Path(path).with_name(f".{Path(path).name}.part")
     try:
         image.save(part, format="PNG", pnginfo=record)
         os.replace(part, path)

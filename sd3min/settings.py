@@ -20,14 +20,20 @@ from sd3min import flow
 from sd3min.config import SIZE_STEP, Defaults, MMDiTConfig, Refusal
 
 
-def is_whole(value: object, least: int) -> bool:
-    """Whether a value is a whole number of at least `least`."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and bool(value >= least)
+def is_whole(value: object, least: int, most: float = math.inf) -> bool:
+    """Whether a value is a whole number between two others, both included."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return whole and bool(least <= value <= most)
 
 
-def is_finite(value: object, least: float) -> bool:
-    """Whether a value is a finite number of at least `least`."""
-    return isinstance(value, Real) and math.isfinite(value) and bool(value >= least)
+def is_number(value: object, least: float, most: float) -> bool:
+    """Whether a value is a number between two others, both included; NaN never is."""
+    return isinstance(value, Real) and bool(least <= value <= most)
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is text that a tokenizer can read: half a surrogate pair is not."""
+    return isinstance(value, str) and value.encode(errors="replace").decode() == value
 
 
 def is_side(value: object) -> bool:
@@ -37,14 +43,14 @@ def is_side(value: object) -> bool:
 
 def nearest_side(value: object) -> int:
     """The side of a picture that is nearest to a value."""
-    steps = round(value / SIZE_STEP) if is_finite(value, 0) else 1
+    steps = round(value / SIZE_STEP) if is_number(value, 0, 2**31) else 1
     return SIZE_STEP * max(1, steps)
 
 
 def is_descending(values: object) -> bool:
     """Whether values are times of a run: from at most 1 down to more than 0."""
     numbers = list(values) if isinstance(values, Sequence) else []
-    return all(is_finite(value, 0) for value in numbers) and all(
+    return all(is_number(value, 0, 1) for value in numbers) and all(
         above >= below > 0 for above, below in pairwise([1.0, *(numbers or [0])])
     )
 
@@ -70,10 +76,10 @@ class Settings:
         rules = {
             "width": (is_side(self.width), f"{side} {nearest_side(self.width)}"),
             "height": (is_side(self.height), f"{side} {nearest_side(self.height)}"),
-            "steps": (is_whole(self.steps, 1), "a whole number of at least 1"),
-            "guidance_scale": (is_finite(self.guidance_scale, 0), "a finite number of at least 0"),
-            "shift": (is_finite(self.shift, 0) and self.shift > 0, "a finite number above 0"),
-            "t5_length": (is_whole(self.t5_length, 1), "a whole number of at least 1"),
+            "steps": (is_whole(self.steps, 1, 1000), "a whole number from 1 to 1000"),
+            "guidance_scale": (is_number(self.guidance_scale, 0, 1000), "a number from 0 to 1000"),
+            "shift": (is_number(self.shift, 0.001, 1000), "a number from 0.001 to 1000"),
+            "t5_length": (is_whole(self.t5_length, 1, 4096), "a whole number from 1 to 4096"),
             "schedule": (self.schedule in flow.SCHEDULES, f"one of {', '.join(flow.SCHEDULES)}"),
             "sampler": (self.sampler in flow.SAMPLERS, f"one of {', '.join(flow.SAMPLERS)}"),
             "sigmas": (
@@ -81,7 +87,7 @@ class Settings:
                 "a row of times that falls from at most 1 to above 0",
             ),
             "strength": (
-                is_finite(self.strength, 0) and 0 < self.strength <= 1,
+                is_number(self.strength, 0, 1) and self.strength > 0,
                 "a number above 0 and at most 1",
             ),
         }
@@ -109,7 +115,7 @@ def pair_prompts(
     negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
     if not prompts:
         raise Refusal("the list of prompts is empty: pass at least one")
-    if not all(isinstance(text, str) for text in prompts + negatives):
+    if not all(is_text(text) for text in prompts + negatives):
         raise Refusal(f"prompts {prompts} and negative prompts {negatives} are not all texts")
     if len(negatives) != len(prompts):
         counts = f"{len(negatives)} negative prompts were given for {len(prompts)} prompts"
@@ -128,7 +134,7 @@ def picture_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if len(seeds) != count:
         mend = "pass one for each, or a single number"
         raise Refusal(f"{len(seeds)} seeds were given for {count} pictures: {mend}")
-    if not all(is_whole(value, 0) and value < 2**63 for value in seeds):
+    if not all(is_whole(value, 0, 2**63 - 1) for value in seeds):
         raise Refusal(f"seed {seed} is not a whole number from 0 to 2^63 - 1")
     return seeds
 

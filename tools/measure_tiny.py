@@ -1,6 +1,6 @@
 """Measure sd3-tiny: render prompts, let the detector judge them, and write the figures down.
 
-    python tools/measure_tiny.py [--weights FILE] [--count 500] [--out weights/sd3-tiny/accuracy.json]
+    python tools/measure_tiny.py [--weights FILE] [--count 500] [--out FILE]
 
 Seeds are the prompts' indices, and nothing is picked. Takes about ten minutes on two cores.
 """
