@@ -9,6 +9,7 @@ Seeds are fixed.
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ MMDIT = MMDiTConfig(depth=4, context_width=256, pooled_width=256, grid=32)
 CLIP = {"layers": 3, "width": 128, "mlp_width": 512}
 T5 = {"layers": 3, "width": 256, "mlp_width": 512, "heads": 4}
 RESOLUTION = 64  # pixels
-SHIFT = 3.0
+SHIFT = 2.0
 DEFAULTS = Defaults(
     width=RESOLUTION, height=RESOLUTION, steps=20, guidance_scale=4.0, shift=SHIFT, t5_length=16
 )
@@ -38,7 +39,7 @@ PICTURES = 30_720
 BATCH = 96
 IMAGE_BATCH = 16
 RECONSTRUCTION = Recipe(steps=2400, learning_rate=1e-3)
-DECODER = Recipe(steps=800, learning_rate=3e-4)  # alone, once the latents have their scale
+DECODER = Recipe(steps=2800, learning_rate=5e-4)  # alone, once the latents have their scale
 FLOW = Recipe(steps=11_000, learning_rate=8e-4, warmup=300)
 
 
@@ -47,19 +48,17 @@ def train_autoencoder(work: Path) -> Autoencoder:
     torch.manual_seed(0)
     autoencoder = Autoencoder(AUTOENCODER)
 
-    def loss(stage: str):
+    def stage(name: str, loss: Callable[..., torch.Tensor], recipe: Recipe) -> None:
         def of_step(step: int) -> torch.Tensor:
-            pictures = images.batch(f"{stage} {step}", IMAGE_BATCH)
-            return images.reconstruction_loss(
-                autoencoder, pictures, torch.Generator().manual_seed(step)
-            )
+            pictures = images.batch(f"{name} {step}", IMAGE_BATCH)
+            return loss(autoencoder, pictures, torch.Generator().manual_seed(step))
 
-        return of_step
+        fit(autoencoder, of_step, recipe, work / f"{name}.pt")
 
-    fit(autoencoder, loss("reconstruction"), RECONSTRUCTION, work / "reconstruction.pt")
+    stage("reconstruction", images.reconstruction_loss, RECONSTRUCTION)
     images.normalise(autoencoder, images.batch("normalise", 512))
     autoencoder.encoder.requires_grad_(False)
-    fit(autoencoder, loss("decoder"), DECODER, work / "decoder.pt")
+    stage("decoder", images.decoding_loss, DECODER)
     return autoencoder.eval().requires_grad_(False)
 
 

@@ -15,6 +15,7 @@ from sd3min.pipeline import to_tensor
 from sd3min.training import scenes
 
 KL_WEIGHT = 1e-3
+LATENT_NOISE = 0.1  # about what a sampled picture's latents are off by
 
 
 def drawn(wanted: Iterable[scenes.Scene], rng: random.Random) -> Float[Tensor, "b 3 H W"]:
@@ -40,6 +41,14 @@ def reconstruction_loss(
     decoded = autoencoder.decoder(sample).float()
     divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return F.mse_loss(decoded, images) + 0.1 * F.l1_loss(decoded, images) + KL_WEIGHT * divergence
+
+
+def decoding_loss(autoencoder: Autoencoder, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Squared and absolute error of the decoded posterior mode under a little noise."""
+    mean, _ = autoencoder.moments(images)
+    noise = LATENT_NOISE * torch.randn(mean.shape, generator=generator)
+    decoded = autoencoder.decoder(mean.float() + noise).float()
+    return F.mse_loss(decoded, images) + 0.1 * F.l1_loss(decoded, images)
 
 
 @torch.no_grad()

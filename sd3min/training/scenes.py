@@ -191,24 +191,22 @@ def paint(pen: ImageDraw.ImageDraw, shape: str, box: Box, fill: RGB | int) -> No
     pen.polygon([(x + half * px, y + half * py) for px, py in OUTLINES[shape]], fill=fill)
 
 
+def _near_centre(rng: random.Random, jitter: float) -> float:
+    return LAYOUT_SIZE / 2 + rng.uniform(-jitter, jitter)
+
+
 def _place_one(rng: random.Random) -> list[Box]:
-    across = rng.uniform(26, 38)
-    low, high = MARGIN + across / 2, LAYOUT_SIZE - MARGIN - across / 2
-    return [(rng.uniform(low, high), rng.uniform(low, high), across)]
+    return [(_near_centre(rng, 4), _near_centre(rng, 4), rng.uniform(28, 34))]
 
 
 def _place_two(relation: str, rng: random.Random) -> list[Box]:
     """Boxes of the first and the second thing, apart along the axis of their relation."""
-    sizes = [rng.uniform(18, 24), rng.uniform(18, 24)]
-    reach = sum(sizes) / 2
-    room = LAYOUT_SIZE - 2 * MARGIN - reach
-    apart = rng.uniform(max(26, reach + 3.5), min(34, room))
-    first_leads = relation in ("above", "left of")
-    lead = sizes[0] if first_leads else sizes[1]
-    start = MARGIN + lead / 2 + rng.uniform(0, room - apart)
-    along = [start, start + apart] if first_leads else [start + apart, start]
-    middle = LAYOUT_SIZE / 2 + rng.uniform(-12, 12)
-    aside = [middle + rng.uniform(-3.5, 3.5) for _ in range(2)]
+    sizes = [rng.uniform(21, 25), rng.uniform(21, 25)]
+    middle, half = _near_centre(rng, 1.5), rng.uniform(14, 15)
+    along = [middle - half, middle + half]
+    if relation in ("below", "right of"):
+        along.reverse()
+    aside = [_near_centre(rng, 3), _near_centre(rng, 3)]
     if relation in ("above", "below"):
         return list(zip(aside, along, sizes, strict=True))
     return list(zip(along, aside, sizes, strict=True))

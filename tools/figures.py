@@ -1,0 +1,147 @@
+"""Draw the README's pictures and write its tables: python tools/figures.py.
+
+`grid.png` in `weights/figures` shows the first prompts of each kind, their indices as seeds; `curves.png`
+shows the figures that `tools/measure_tiny.py` measured into `weights/sd3-tiny/accuracy.json`.
+"""
+
+import json
+import re
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import parity
+import reading_cost
+
+import sd3min
+from sd3min.training import scenes
+
+ROOT = Path(__file__).parents[1]
+FIGURES = ROOT / "weights" / "figures"
+ACCURACY = ROOT / "weights" / "sd3-tiny" / "accuracy.json"
+ROWS = {
+    "seen": "colour-shape pairs and relations seen in training",
+    "pairs": "a colour-shape pair held out of training",
+    "triples": "a relation of two shapes held out of training",
+}
+COLUMNS = 6
+
+
+def percent(value: float) -> str:
+    """A share in per cent."""
+    return f"{100 * value:.1f} %"
+
+
+def accuracy_table(figures: Mapping[str, Any]) -> str:
+    """How often sd3-tiny's pictures show what was asked for, in Markdown."""
+    count = figures["count"]
+    rows = {
+        f"{count} seen prompts": figures["seen"],
+        f"{count} held-out prompts": figures["held out"],
+        f"{count // 2} of them with a held-out colour-shape pair": figures["held-out pairs"],
+        f"{count - count // 2} with a held-out relation triple": figures["held-out triples"],
+        f"{count} drawn pictures through the autoencoder": figures["reconstruction"],
+    }
+    lines = ["| | all right | colour | shape | relation |", "|---|---|---|---|---|"]
+    for title, row in rows.items():
+        cells = (percent(row[aspect]) for aspect in ("right", "colour", "shape", "relation"))
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ablation_table(figures: Mapping[str, Any]) -> str:
+    """What each text encoder is worth, in Markdown."""
+    rows = {"all three encoders": figures["whole"], "without T5": figures["without T5"]}
+    titles = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
+    rows |= {f"{titles[name]}'s weights shuffled": row for name, row in figures["shuffled"].items()}
+    head = f"| {figures['curve prompts']} prompts, half of them held out | all right |\n|---|---|"
+    lines = [f"| {title} | {percent(row['right'])} |" for title, row in rows.items()]
+    return "\n".join([head, *lines])
+
+
+def cost_table() -> str:
+    """What there is to read, in Markdown."""
+    cost = reading_cost.measure()
+    rows = {"**sd3min**": (sum(cost.statements.values()), len(cost.frames))} | reading_cost.OTHERS
+    lines = ["| | statements | own frames to softmax |", "|---|---|---|"]
+    lines += [f"| {name} | {count:,} | {frames or '–'} |" for name, (count, frames) in rows.items()]
+    return "\n".join(lines)
+
+
+def draw_grid() -> None:
+    """The first prompts of each kind, nothing picked."""
+    pipe = sd3min.load()
+    figure, axes = plt.subplots(len(ROWS), COLUMNS, figsize=(11, 7.2), dpi=110)
+    for row, (kind, title) in zip(axes, ROWS.items(), strict=True):
+        wanted = [scene.caption for scene in scenes.prompts(kind, COLUMNS)]
+        pictures = pipe(wanted, seed=0, progress=False)
+        for place, prompt, picture in zip(row, wanted, pictures, strict=True):
+            place.imshow(picture, interpolation="nearest")
+            place.set_xticks([])
+            place.set_yticks([])
+            place.set_xlabel("\n".join(textwrap.wrap(prompt, 24)), fontsize=8.5)
+        row[0].set_title(title, loc="left", fontsize=10, fontweight="bold")
+    figure.tight_layout(h_pad=1.2)
+    figure.savefig(FIGURES / "grid.png")
+
+
+def draw_curves(figures: Mapping[str, Any]) -> None:
+    """Accuracy against guidance scale and against steps."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), dpi=110, sharey=True)
+    for place, name in zip(axes, ("guidance", "steps"), strict=True):
+        settings = [float(value) for value in figures[name]]
+        for aspect, style in (
+            ("right", "o-"),
+            ("colour", "s:"),
+            ("shape", "^:"),
+            ("relation", "d:"),
+        ):
+            values = [100 * row[aspect] for row in figures[name].values()]
+            title = "all right" if aspect == "right" else aspect
+            place.plot(
+                settings, values, style, label=title, linewidth=2 if aspect == "right" else 1
+            )
+        place.set_xlabel({"guidance": "guidance scale", "steps": "Euler steps"}[name])
+        place.grid(alpha=0.3)
+    axes[0].set_ylabel(f"% of {figures['curve prompts']} prompts")
+    axes[0].set_ylim(0, 102)
+    axes[1].legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(FIGURES / "curves.png")
+
+
+def fill_in(text: str, tables: Mapping[str, str]) -> str:
+    """A text with every table between its two marks replaced."""
+    for name, table in tables.items():
+        marks = f"<!-- {name} -->", f"<!-- /{name} -->"
+        pattern = f"{re.escape(marks[0])}.*?{re.escape(marks[1])}"
+        text, found = re.subn(pattern, f"{marks[0]}\n{table}\n{marks[1]}", text, flags=re.DOTALL)
+        if found != 1:
+            raise ValueError(f"the mark {marks[0]} stands {found} times in the text, not once")
+    return text
+
+
+def main() -> None:
+    """Draw and write everything."""
+    FIGURES.mkdir(exist_ok=True)
+    figures = json.loads(ACCURACY.read_text())
+    draw_grid()
+    draw_curves(figures)
+    tables = {
+        "accuracy": accuracy_table(figures),
+        "ablation": ablation_table(figures),
+        "cost": cost_table(),
+        "parity": parity.table().strip(),
+    }
+    readme = ROOT / "README.md"
+    readme.write_text(fill_in(readme.read_text(), tables))
+
+
+if __name__ == "__main__":
+    main()
