@@ -103,7 +103,7 @@ def guide(velocity: Velocity, scale: float) -> Velocity:
 class Step(NamedTuple):
     """One step of a run, taken at time t: where it started, what was predicted, where it led."""
 
-    index: int
+    i: int
     t: Tensor
     latents: Tensor
     velocity: Tensor
@@ -124,10 +124,10 @@ def steps(
 ) -> Iterator[Step]:
     """Follow the velocity from the first time to the last, giving every step as it is taken."""
     latents = noise
-    for index, (t, t_next) in enumerate(pairwise(sigmas)):
+    for i, (t, t_next) in enumerate(pairwise(sigmas)):
         v = velocity(latents, t)
         following = SAMPLERS[sampler](latents, v, t, t_next)
-        yield Step(index, t, latents, v, denoise(latents, v, t), following)
+        yield Step(i, t, latents, v, denoise(latents, v, t), following)
         latents = following
 
 

@@ -229,6 +229,8 @@ class FinalLayer(nn.Module):
 class MMDiT(nn.Module):
     """The network v_Θ(z_t, t, c_ctxt, c_vec) of Fig. 2a."""
 
+    pos_embed: Tensor
+
     def __init__(self, config: MMDiTConfig):
         super().__init__()
         self.config = config

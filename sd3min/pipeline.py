@@ -47,7 +47,7 @@ def save(image: Image.Image, path: str | Path) -> None:
     """Write a PNG, with the record of what made it, whole or not at all."""
     record = PngInfo()
     for key, text in image.info.items():
-        if isinstance(text, str):
+        if isinstance(key, str) and isinstance(text, str):
             record.add_itxt(key, text)
     part = Path(path).with_name(f".{Path(path).name}.part")
     try:

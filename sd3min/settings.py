@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from jaxtyping import Float
 from PIL import Image
@@ -20,34 +20,34 @@ from sd3min import flow
 from sd3min.config import SIZE_STEP, Defaults, MMDiTConfig, Refusal
 
 
-def is_whole(value: object, least: int, most: float = math.inf) -> bool:
+def is_whole(value: Any, least: int, most: float = math.inf) -> bool:
     """Whether a value is a whole number between two others, both included."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
-    return whole and bool(least <= value <= most)
+    return whole and least <= int(value) <= most
 
 
-def is_number(value: object, least: float, most: float) -> bool:
+def is_number(value: Any, least: float, most: float) -> bool:
     """Whether a value is a number between two others, both included; NaN never is."""
-    return isinstance(value, Real) and bool(least <= value <= most)
+    return isinstance(value, Real) and bool(least <= cast(float, value) <= most)
 
 
-def is_text(value: object) -> bool:
+def is_text(value: Any) -> bool:
     """Whether a value is text that a tokenizer can read: half a surrogate pair is not."""
     return isinstance(value, str) and value.encode(errors="replace").decode() == value
 
 
-def is_side(value: object) -> bool:
+def is_side(value: Any) -> bool:
     """Whether a value is the side of a picture: whole patches of latents."""
     return is_whole(value, SIZE_STEP) and bool(value % SIZE_STEP == 0)
 
 
-def nearest_side(value: object) -> int:
+def nearest_side(value: Any) -> int:
     """The side of a picture that is nearest to a value."""
     steps = round(value / SIZE_STEP) if is_number(value, 0, 2**31) else 1
     return SIZE_STEP * max(1, steps)
 
 
-def is_descending(values: object) -> bool:
+def is_descending(values: Any) -> bool:
     """Whether values are times of a run: from at most 1 down to more than 0."""
     numbers = list(values) if isinstance(values, Sequence) else []
     return all(is_number(value, 0, 1) for value in numbers) and all(
@@ -156,12 +156,14 @@ def check_call(
     num_images: int = 1,
     seed: int | Sequence[int] | None = None,
     init_image: Image.Image | None = None,
-    **settings: object,
+    **settings: Any,
 ) -> Call:
     """Complete and check what a pipeline is called with; nothing is loaded or computed for it."""
     prompts, negatives = pair_prompts(prompt, negative_prompt, num_images)
     seeds = picture_seeds(seed, len(prompts))
-    own = {} if init_image is None else {"width": init_image.width, "height": init_image.height}
+    own: dict[str, Any] = (
+        {} if init_image is None else {"width": init_image.width, "height": init_image.height}
+    )
     given = own | {name: value for name, value in settings.items() if value is not None}
     unknown = given.keys() - Settings.__dataclass_fields__.keys()
     if unknown:

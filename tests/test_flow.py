@@ -83,7 +83,7 @@ def test_euler_error_halves_with_twice_the_steps():
 def test_steps_give_every_time_and_chain_their_latents():
     noise, times = random(1, 16, 2, 2).float(), flow.sigmas(5)
     seen = list(flow.steps(lambda z, t: z * t, noise, times))
-    assert [step.index for step in seen] == list(range(5))
+    assert [step.i for step in seen] == list(range(5))
     assert torch.equal(torch.stack([step.t for step in seen]), times[:-1])
     for before, after in pairwise(seen):
         assert torch.equal(before.next_latents, after.latents)

@@ -78,7 +78,7 @@ def test_negative_prompt_matters_only_under_guidance(pipe):
 def test_on_step_sees_latents_and_the_picture_they_point_at(pipe):
     seen = []
     images = pipe(PROMPT, seed=1, progress=False, on_step=seen.append)
-    assert [step.index for step in seen] == [0, 1, 2, 3]
+    assert [step.i for step in seen] == [0, 1, 2, 3]
     assert seen[0].t == 1.0
     last = seen[-1]
     torch.testing.assert_close(last.next_latents, last.denoised, rtol=0, atol=1e-5)

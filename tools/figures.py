@@ -1,7 +1,7 @@
 """Draw the README's pictures and write its tables: python tools/figures.py.
 
-`grid.png` in `weights/figures` shows the first prompts of each kind, their indices as seeds; `curves.png`
-shows the figures that `tools/measure_tiny.py` measured into `weights/sd3-tiny/accuracy.json`.
+In `weights/figures`, `grid.png` shows the first prompts of each kind, their indices as seeds, and
+`curves.png` the figures that `tools/measure_tiny.py` measured into `weights/sd3-tiny/accuracy.json`.
 """
 
 import json

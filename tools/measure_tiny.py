@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -33,7 +34,7 @@ def share(verdicts: Sequence[Verdict]) -> dict[str, float]:
     }
 
 
-def render(pipe: Pipeline, wanted: Sequence[scenes.Scene], **settings: object) -> list[Verdict]:
+def render(pipe: Pipeline, wanted: Sequence[scenes.Scene], **settings: Any) -> list[Verdict]:
     """Verdicts on one picture of each scene, its seed the scene's index."""
     verdicts = []
     for first in tqdm(range(0, len(wanted), BATCH), desc=str(settings or "default"), leave=False):

@@ -62,10 +62,11 @@ def normalise(autoencoder: Autoencoder, images: Tensor) -> None:
     mean, _ = autoencoder.moments(images)
     a = 1 / (SCALE * mean.std())
     b = SHIFT - a * mean.mean()
-    last, first = autoencoder.encoder.conv_out, autoencoder.decoder.conv_in
-    channels = mean.shape[1]
-    last.weight[:channels] *= a
-    last.bias[:channels] = last.bias[:channels] * a + b
-    last.bias[channels:] += 2 * a.log()
-    first.bias -= first.weight.sum(dim=(1, 2, 3)) * b / a
-    first.weight /= a
+    tensors, channels = autoencoder.state_dict(), mean.shape[1]
+    weight, bias = (tensors[f"encoder.conv_out.{name}"] for name in ("weight", "bias"))
+    weight[:channels] *= a
+    bias[:channels] = bias[:channels] * a + b
+    bias[channels:] += 2 * a.log()
+    weight, bias = (tensors[f"decoder.conv_in.{name}"] for name in ("weight", "bias"))
+    bias -= weight.sum(dim=(1, 2, 3)) * b / a
+    weight /= a

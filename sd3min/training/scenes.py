@@ -219,8 +219,8 @@ def draw(scene: Scene, rng: random.Random, size: int = LAYOUT_SIZE) -> Image.Ima
     picture = Image.new("RGB", (large, large), BACKGROUNDS[scene.background])
     pen = ImageDraw.Draw(picture)
     for thing, box in zip(scene.things, boxes, strict=True):
-        scaled = tuple(length * large / LAYOUT_SIZE for length in box)
-        paint(pen, thing.shape, scaled, COLOURS[thing.colour])
+        x, y, across = (length * large / LAYOUT_SIZE for length in box)
+        paint(pen, thing.shape, (x, y, across), COLOURS[thing.colour])
     return picture.reduce(OVERSAMPLING)
 
 

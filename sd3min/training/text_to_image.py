@@ -3,6 +3,7 @@ loss alone.
 """
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -92,7 +93,12 @@ def drop_t5(conditioning: Conditioning, rows: int, generator: torch.Generator) -
 
 
 def batch_loss(
-    mmdit: MMDiT, encoders: TextEncoders, latents: Latents, step: int, batch: int, shift: float
+    mmdit: Callable[..., Tensor],
+    encoders: TextEncoders,
+    latents: Latents,
+    step: int,
+    batch: int,
+    shift: float,
 ) -> Tensor:
     """The flow loss of one batch of scenes, each with several times and noises; `step` decides all
     draws.

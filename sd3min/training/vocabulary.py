@@ -8,6 +8,7 @@ is one token; other words fall apart.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, T5Tokenizer
@@ -42,7 +43,7 @@ def save_clip(folder: Path, pad: str) -> None:
     )
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     bpe.train_from_iterator(sorted(set(WORDS)), trainer)
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    merges: Any = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = [
         *letters,
         *(f"{letter}</w>" for letter in letters),

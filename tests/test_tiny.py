@@ -1,0 +1,92 @@
+"""The shipped sd3-tiny: an official file in small, and as good as it is said to be."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sd3min
+from sd3min.checkpoint import Checkpoint
+from sd3min.pipeline import to_pictures
+from sd3min.training import images, scenes
+from sd3min.training.detector import judge
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "weights" / "sd3-tiny"
+FIGURES = json.loads((FOLDER / "accuracy.json").read_text())
+LARGEST_FILE = 40_000_000  # bytes
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return sd3min.load()
+
+
+def test_it_is_a_complete_official_file_in_half_precision():
+    opened = Checkpoint.open()
+    assert opened.path.parent == FOLDER
+    opened.require(["mmdit", "autoencoder", "clip_l", "clip_g", "t5"])
+    types = {tensor.dtype for part in opened.parts.values() for tensor in part.tensors.values()}
+    assert types == {"F16"}
+    assert opened.path.stat().st_size < LARGEST_FILE
+    assert opened.defaults.t5_length == opened.parts["clip_l"].config.length == 16
+
+
+def test_the_official_scale_and_shift_normalise_its_latents(pipe):
+    pictures = images.batch("latents of the shipped autoencoder", 256)
+    with torch.no_grad():
+        latents = pipe.autoencoder.encode(pictures)
+    assert latents.mean().abs() < 0.05
+    assert latents.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_ends_of_text_have_the_largest_id_and_clip_g_pads_with_zero(pipe):
+    clip_l, clip_g, _ = pipe.text_encoders.tokenizers
+    end = len(clip_l) - 1
+    assert clip_l("a").input_ids[-1] == clip_g("a").input_ids[-1] == end
+    assert clip_l.pad_token_id == end and clip_g.pad_token_id == 0
+
+
+@pytest.mark.parametrize("kind", scenes.KINDS)
+def test_it_draws_what_was_asked_for(pipe, kind):
+    wanted = scenes.prompts(kind, 20)
+    drawn = pipe([scene.caption for scene in wanted], seed=0, progress=False)
+    right = sum(judge(picture, scene).right for picture, scene in zip(drawn, wanted, strict=True))
+    expected = FIGURES["seen" if kind == "seen" else f"held-out {kind}"]["right"]
+    assert right >= 20 * expected - 4  # twice the spread of twenty throws
+
+
+def test_its_autoencoder_keeps_the_shapes(pipe):
+    wanted = scenes.prompts("triples", 20)
+    pictures = images.drawn(wanted, random.Random(1))
+    with torch.no_grad():
+        kept = to_pictures(pipe.autoencoder.decode(pipe.autoencoder.encode(pictures)))
+    assert sum(judge(p, scene).right for p, scene in zip(kept, wanted, strict=True)) >= 19
+
+
+def test_measured_accuracy_is_what_was_aimed_at():
+    assert FIGURES["count"] == 500
+    assert FIGURES["seen"]["right"] >= 0.95
+    assert FIGURES["held out"]["right"] >= 0.85
+    assert FIGURES["reconstruction"]["right"] >= 0.95
+
+
+def test_every_text_encoder_is_needed():
+    """Shuffling any one encoder's weights costs at least five points."""
+    for name, figures in FIGURES["shuffled"].items():
+        assert figures["right"] <= FIGURES["whole"]["right"] - 0.05, name
+
+
+def test_the_demo_gives_the_committed_picture(pipe):
+    command = re.search(r'generate "(.+)" --seed (\d+)', (ROOT / "Makefile").read_text())
+    prompt, seed = command[1], int(command[2])
+    found = np.asarray(pipe(prompt, seed=seed, progress=False)[0]).astype(int)
+    with Image.open(ROOT / "weights" / "figures" / "demo.png") as committed:
+        difference = np.abs(found - np.asarray(committed))
+    assert difference.mean() < 1  # of 255 levels; other processors round differently
+    assert judge(Image.fromarray(found.astype(np.uint8)), scenes.parse(prompt)).right
