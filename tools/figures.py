@@ -1,7 +1,7 @@
 """Draw the README's pictures and write its tables: python tools/figures.py.
 
 In `weights/figures`, `grid.png` shows the first prompts of each kind, their indices as seeds, and
-`curves.png` the figures that `tools/measure_tiny.py` measured into `weights/sd3-tiny/accuracy.json`.
+`curves.png` what `tools/measure_tiny.py` measured into `weights/sd3-tiny/accuracy.json`.
 """
 
 import json
