@@ -64,12 +64,11 @@ def train_autoencoder(work: Path) -> Autoencoder:
 
 def make_encoders(work: Path) -> TextEncoders:
     """Tokenizers of the captions' words, and encoders of their vocabularies' sizes."""
-    vocabulary.save_tokenizers(work)
-    tokenizers = [
-        CLIPTokenizer.from_pretrained(work / "tokenizer"),
-        CLIPTokenizer.from_pretrained(work / "tokenizer_2"),
-        T5Tokenizer.from_pretrained(work / "tokenizer_3"),
-    ]
+    if not (work / vocabulary.FOLDERS[-1]).exists():
+        vocabulary.save_tokenizers(work)
+    kinds = (CLIPTokenizer, CLIPTokenizer, T5Tokenizer)
+    places = zip(kinds, vocabulary.FOLDERS, strict=True)
+    tokenizers = [kind.from_pretrained(work / place) for kind, place in places]
     length = vocabulary.LENGTH
     clip_l, clip_g = (
         CLIPConfig(**CLIP, vocabulary=len(tokenizers[i]), length=length) for i in range(2)
@@ -121,7 +120,8 @@ def assemble(folder: Path, autoencoder: Autoencoder, mmdit: MMDiT, encoders: Tex
     del tensors[PREFIXES["clip_l"] + "text_projection.weight"]  # the identity
     del tensors[PREFIXES["t5"] + "encoder.embed_tokens.weight"]  # shared.weight again
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary.save_tokenizers(folder)
+    for place, tokenizer in zip(vocabulary.FOLDERS, encoders.tokenizers, strict=True):
+        tokenizer.save_pretrained(folder / place)
     settings = json.dumps(dataclasses.asdict(DEFAULTS))
     save_file(tensors, folder / "sd3-tiny.safetensors", {"sd3min.defaults": settings})
 

@@ -16,7 +16,6 @@ sys.path += [str(TESTS), str(TESTS / "parity")]
 
 import oracle  # noqa: E402
 import small  # noqa: E402
-import test_mmdit  # noqa: E402
 import test_pictures  # noqa: E402
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler  # noqa: E402
 
@@ -30,12 +29,12 @@ def mmdit_rows() -> Iterator[Row]:
     """The velocity of each variant, batch 3, 6x10 latents."""
     for variant, config in small.VARIANTS.items():
         mmdit = small.mmdit(config).double()
-        model, given = oracle.transformer(mmdit), test_mmdit.inputs(mmdit)
-        error = oracle.relative(mmdit(*given), test_mmdit.theirs(model, *given))
+        model, given = oracle.transformer(mmdit), oracle.inputs(mmdit)
+        error = oracle.relative(mmdit(*given), oracle.velocity(model, *given))
         yield f"MMDiT, {variant} layout", "float64", f"{error:.0e}"
         if config.qk_norm:
             exact = oracle.with_exact_norms(model)
-            error = oracle.relative(mmdit(*given), test_mmdit.theirs(exact, *given))
+            error = oracle.relative(mmdit(*given), oracle.velocity(exact, *given))
             yield (
                 f"MMDiT, {variant} layout, q/k norm in float64 on both sides",
                 "float64",

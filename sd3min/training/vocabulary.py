@@ -6,16 +6,18 @@ with id 0, "!") and a unigram model for T5 (padding 0, end 1, unknown 2). Every 
 is one token; other words fall apart.
 """
 
-import json
+from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from sd3min.training.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+FOLDERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # as in a diffusers checkpoint
 LENGTH = 16  # tokens that each encoder reads
 WORDS = [
     "a",
@@ -34,25 +36,36 @@ def byte_letters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
+def merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    """A word's pieces with every occurrence of a pair joined."""
+    joined: list[str] = []
+    for piece in pieces:
+        if joined and (joined[-1], piece) == pair:
+            joined[-1] += piece
+        else:
+            joined.append(piece)
+    return joined
+
+
+def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges, the most frequent pair first, until every word is one piece."""
+    split = {word: [*word[:-1], f"{word[-1]}</w>"] for word in words}
+    merges = []
+    while pairs := Counter(pair for pieces in split.values() for pair in pairwise(pieces)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        split = {word: merged(pieces, best) for word, pieces in split.items()}
+        merges.append(best)
+    return merges
+
+
 def save_clip(folder: Path, pad: str) -> None:
     """Write a CLIP tokenizer into a folder."""
-    letters = byte_letters()
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False
-    )
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    bpe.train_from_iterator(sorted(set(WORDS)), trainer)
-    merges: Any = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    tokens = [
-        *letters,
-        *(f"{letter}</w>" for letter in letters),
-        *dict.fromkeys("".join(pair) for pair in merges),
-    ]
-    vocab = {token: i for i, token in enumerate([*dict.fromkeys(tokens), START, END])}
-    CLIPTokenizer(
-        vocab=vocab, merges=merges, pad_token=pad, model_max_length=LENGTH
-    ).save_pretrained(folder)
+    letters, merges = byte_letters(), learn_merges(WORDS)
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
+    vocab = {token: i for i, token in enumerate([*tokens, START, END])}
+    given: Any = merges  # transformers takes pairs and is annotated for texts
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=given, pad_token=pad, model_max_length=LENGTH)
+    tokenizer.save_pretrained(folder)
 
 
 def save_t5(folder: Path) -> None:
@@ -71,7 +84,8 @@ def save_t5(folder: Path) -> None:
 
 
 def save_tokenizers(folder: Path) -> None:
-    """Write all three tokenizers as folders `tokenizer`, `tokenizer_2` and `tokenizer_3`."""
-    save_clip(folder / "tokenizer", pad=END)
-    save_clip(folder / "tokenizer_2", pad="!")
-    save_t5(folder / "tokenizer_3")
+    """Write CLIP-L's, CLIP-G's and T5's tokenizers into their folders."""
+    clip_l, clip_g, t5 = (folder / name for name in FOLDERS)
+    save_clip(clip_l, pad=END)
+    save_clip(clip_g, pad="!")
+    save_t5(t5)

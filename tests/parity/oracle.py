@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from sd3min import formats
-from sd3min.autoencoder import SCALE, SHIFT, Autoencoder
+from sd3min.autoencoder import Autoencoder
 from sd3min.mmdit import MMDiT
 from sd3min.pipeline import Pipeline
 
@@ -51,6 +51,23 @@ def transformer(mmdit: MMDiT) -> SD3Transformer2DModel:
     return model.to(mmdit.pos_embed.dtype).eval()
 
 
+def inputs(mmdit: MMDiT, batch: int = 3, h: int = 6, w: int = 10, seed: int = 7) -> tuple:
+    """Random latents, timesteps, context and pooled vector in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    config, options = mmdit.config, {"generator": generator, "dtype": torch.float64}
+    return (
+        torch.randn(batch, 16, h, w, **options),
+        torch.tensor([999.9, 512.3, 8.9])[:batch],
+        torch.randn(batch, 5, config.context_width, **options),
+        torch.randn(batch, config.pooled_width, **options),
+    )
+
+
+def velocity(model: SD3Transformer2DModel, latents, timesteps, context, pooled) -> torch.Tensor:
+    """diffusers' velocity for the same arguments in our order."""
+    return model(latents, context, pooled, timesteps, return_dict=False)[0]
+
+
 def with_exact_norms(model: SD3Transformer2DModel) -> SD3Transformer2DModel:
     """The same model with PyTorch's RMSNorm on queries and keys, which keeps float64's digits."""
     for attention in model.modules():
@@ -74,8 +91,8 @@ def vae(autoencoder: Autoencoder) -> AutoencoderKL:
         layers_per_block=config.blocks,
         latent_channels=16,
         norm_num_groups=32,
-        scaling_factor=SCALE,
-        shift_factor=SHIFT,
+        scaling_factor=1.5305,  # of the official vae/config.json
+        shift_factor=0.0609,
         use_quant_conv=False,
         use_post_quant_conv=False,
     )

@@ -14,21 +14,6 @@ TOLERANCES = {
 }
 
 
-def inputs(mmdit, batch=3, h=6, w=10, seed=7):
-    generator = torch.Generator().manual_seed(seed)
-    config, options = mmdit.config, {"generator": generator, "dtype": torch.float64}
-    return (
-        torch.randn(batch, 16, h, w, **options),
-        torch.tensor([999.9, 512.3, 8.9])[:batch],
-        torch.randn(batch, 5, config.context_width, **options),
-        torch.randn(batch, config.pooled_width, **options),
-    )
-
-
-def theirs(model, latents, timesteps, context, pooled):
-    return model(latents, context, pooled, timesteps, return_dict=False)[0]
-
-
 @pytest.fixture(scope="module", params=small.VARIANTS)
 def pair(request):
     mmdit = small.mmdit(small.VARIANTS[request.param]).double()
@@ -38,23 +23,23 @@ def pair(request):
 @torch.no_grad()
 def test_velocity_equals_diffusers_in_float64(pair):
     variant, mmdit, model = pair
-    given = inputs(mmdit)
-    assert oracle.relative(mmdit(*given), theirs(model, *given)) < TOLERANCES[variant]
+    given = oracle.inputs(mmdit)
+    assert oracle.relative(mmdit(*given), oracle.velocity(model, *given)) < TOLERANCES[variant]
 
 
 @torch.no_grad()
 def test_velocity_equals_diffusers_with_exact_norms_to_rounding(pair):
     _, mmdit, _ = pair
-    given, model = inputs(mmdit), oracle.with_exact_norms(oracle.transformer(mmdit))
-    assert oracle.relative(mmdit(*given), theirs(model, *given)) < oracle.RUNG_1
+    given, model = oracle.inputs(mmdit), oracle.with_exact_norms(oracle.transformer(mmdit))
+    assert oracle.relative(mmdit(*given), oracle.velocity(model, *given)) < oracle.RUNG_1
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(2, 2), (24, 24), (2, 14), (18, 4)])
 def test_every_latent_shape_within_the_table_equals_diffusers(pair, shape):
     variant, mmdit, model = pair
-    given = inputs(mmdit, 2, *shape)
-    assert oracle.relative(mmdit(*given), theirs(model, *given)) < TOLERANCES[variant]
+    given = oracle.inputs(mmdit, 2, *shape)
+    assert oracle.relative(mmdit(*given), oracle.velocity(model, *given)) < TOLERANCES[variant]
 
 
 @torch.no_grad()
@@ -64,7 +49,7 @@ def test_moving_any_tensor_moves_both_outputs_alike(pair):
     Only the norm of the last text queries does nothing: nobody reads what they gather.
     """
     variant, mmdit, model = pair
-    given = inputs(mmdit, 1, 4, 6)
+    given = oracle.inputs(mmdit, 1, 4, 6)
     before, converted = mmdit(*given), model.state_dict()
     for name, tensor in mmdit.state_dict().items():
         original = tensor.clone()
@@ -73,7 +58,7 @@ def test_moving_any_tensor_moves_both_outputs_alike(pair):
         backups = {key: converted[key].clone() for key in renamed}
         for key, value in renamed.items():
             converted[key].copy_(value)
-        ours, other = mmdit(*given), theirs(model, *given)
+        ours, other = mmdit(*given), oracle.velocity(model, *given)
         unread = name == f"joint_blocks.{mmdit.config.depth - 1}.context_block.attn.ln_q.weight"
         assert unread or (ours - before).abs().max() > 1e-7, f"{name} is not used"
         assert oracle.relative(ours, other) < TOLERANCES[variant], name
