@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test slow clean
 
 demo: $(VENV)/installed
-	$(BIN)/sd3min generate "a red star above a blue circle on white" --seed 1 --out demo.png
+	$(BIN)/sd3min generate "a green circle below a red heart on white" --seed 2 --out demo.png
 
 test: $(VENV)/tested
 	$(BIN)/python -m pytest -q

@@ -40,13 +40,15 @@ def percent(value: float) -> str:
 
 def accuracy_table(figures: Mapping[str, Any]) -> str:
     """How often sd3-tiny's pictures show what was asked for, in Markdown."""
-    count = figures["count"]
+    count, psnr = figures["count"], figures["reconstruction"]["psnr"]
     rows = {
         f"{count} seen prompts": figures["seen"],
         f"{count} held-out prompts": figures["held out"],
         f"{count // 2} of them with a held-out colour-shape pair": figures["held-out pairs"],
         f"{count - count // 2} with a held-out relation triple": figures["held-out triples"],
-        f"{count} drawn pictures through the autoencoder": figures["reconstruction"],
+        f"{count} drawn scenes through the autoencoder alone, {psnr:.1f} dB": figures[
+            "reconstruction"
+        ],
     }
     lines = ["| | all right | colour | shape | relation |", "|---|---|---|---|---|"]
     for title, row in rows.items():
