@@ -1,6 +1,4 @@
-"""Stable Diffusion 3 from scratch: the MMDiT, the rectified-flow sampler and everything between
-prompt and picture.
-"""
+"""Stable Diffusion 3 from scratch: everything between a prompt and its picture."""
 
 from sd3min import flow
 from sd3min.checkpoint import load_autoencoder, load_mmdit, load_text_encoders

@@ -28,9 +28,7 @@ def norm(width: int) -> nn.GroupNorm:
 
 
 def posterior_sample(mean: Latents, logvar: Latents, generator: torch.Generator) -> Latents:
-    """A sample of N(mean, exp(logvar)), scaled and shifted; the noise is drawn on the CPU in
-    float32.
-    """
+    """A sample of N(mean, exp(logvar)), scaled and shifted; the noise is the CPU's, in float32."""
     noise = torch.randn(mean.shape, generator=generator).to(mean)
     return (mean + torch.exp(0.5 * logvar) * noise - SHIFT) * SCALE
 
@@ -140,9 +138,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to pictures; the levels are numbered from full resolution, so they run from the last
-    to the first.
-    """
+    """Latents to pictures, through the levels from the last, the smallest, to the first."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -181,9 +177,7 @@ class Autoencoder(nn.Module):
         return mean, logvar.clamp(-30.0, 20.0)
 
     def encode(self, images: Images, generator: torch.Generator | None = None) -> Latents:
-        """Latents of pictures in −1 to 1, scaled and shifted: the mode, or with a generator a
-        sample.
-        """
+        """Scaled, shifted latents of pictures in −1 to 1: the mode, or with a generator a sample."""
         mean, logvar = self.moments(images)
         if generator is None:
             return (mean - SHIFT) * SCALE

@@ -52,9 +52,7 @@ class MMDiTConfig:
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> "MMDiTConfig":
-        """Read the sizes from official tensor names and shapes; a file without a positional table
-        gets 192x192.
-        """
+        """Read the sizes from official names and shapes; a missing positional table is 192x192."""
         return cls(
             depth=count(shapes, r"joint_blocks\.(\d+)\."),
             context_width=shapes["context_embedder.weight"][1],
@@ -69,23 +67,17 @@ SD3_MEDIUM = MMDiTConfig(depth=24)
 """Stable Diffusion 3 medium, the paper's recipe at 2,028,328,000 parameters."""
 
 SD3_5_MEDIUM = MMDiTConfig(depth=24, grid=384, qk_norm=True, dual_blocks=13)
-"""Stable Diffusion 3.5 medium, 2,243,171,520 parameters: the MMDiT-X variant, trained up to 1440
-pixels.
-"""
+"""Stable Diffusion 3.5 medium, 2,243,171,520 parameters: the MMDiT-X variant."""
 
 SD3_5_LARGE = MMDiTConfig(depth=38, qk_norm=True)
-"""Stable Diffusion 3.5 large and large turbo, 8,056,627,520 parameters: the depth of the paper's
-largest model.
-"""
+"""Stable Diffusion 3.5 large and turbo, 8,056,627,520 parameters: the paper's greatest depth."""
 
 PRESETS = {"SD3-medium": SD3_MEDIUM, "SD3.5-medium": SD3_5_MEDIUM, "SD3.5-large": SD3_5_LARGE}
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Sizes of the 16-channel autoencoder (paper §5.2.1); the defaults are the official 83,819,683
-    parameters.
-    """
+    """Sizes of the autoencoder (paper §5.2.1); the official ones give 83,819,683 parameters."""
 
     widths: tuple[int, ...] = (128, 256, 512, 512)  # channels of each level, full resolution first
     blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more

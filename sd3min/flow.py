@@ -32,16 +32,12 @@ def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
 
 
 def denoise(latents: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
-    """The picture that the velocity points at: x0 = z_t − t·v, the straight path followed back to t
-    = 0.
-    """
+    """x0 = z_t − t·v: the data that the velocity points at, where the straight path has t = 0."""
     return latents - t * velocity
 
 
 def shift_times(t: T, shift: float) -> T:
-    """t ↦ α·t / (1 + (α − 1)·t): a picture of more pixels needs more noise to look as noisy (paper
-    §5.3.2, Eq. 23).
-    """
+    """t ↦ α·t / (1 + (α − 1)·t), as more pixels need more noise (paper §5.3.2, Eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
 
 

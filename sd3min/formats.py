@@ -17,9 +17,7 @@ Tensors = dict[str, Tensor]
 
 
 class Row(NamedTuple):
-    """One official module or tensor, what diffusers has in its place, and how the values are
-    carried over.
-    """
+    """An official module or tensor, diffusers' in its place, and how values are carried over."""
 
     official: str
     diffusers: tuple[str, ...]
@@ -92,9 +90,7 @@ def residual_rows(official: str, diffusers: str) -> Iterator[Row]:
 
 
 def autoencoder_rows(config: AutoencoderConfig) -> Iterator[Row]:
-    """The table of the autoencoder; diffusers numbers the decoder's levels in the order in which
-    they run.
-    """
+    """The table of the autoencoder; diffusers counts the decoder's levels as they run."""
     levels = len(config.widths)
     for half in ("encoder", "decoder"):
         yield Row(f"{half}.conv_in", (f"{half}.conv_in",))

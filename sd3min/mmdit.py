@@ -78,9 +78,7 @@ class PatchEmbedding(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Two linear layers around a SiLU: lifts the timestep's sinusoid, or the pooled text, to the
-    width.
-    """
+    """Two linear layers around a SiLU: the time's sinusoid, or the pooled text, to the width."""
 
     def __init__(self, inputs: int, width: int):
         super().__init__()
@@ -92,9 +90,7 @@ class Embedding(nn.Module):
 
 
 class Heads(nn.Module):
-    """Queries, keys and values of one stream, in heads of 64, normalised where the model does
-    (§5.3.2, Fig. 5).
-    """
+    """Queries, keys and values in heads of 64, normalised in some models (§5.3.2, Fig. 5)."""
 
     def __init__(self, width: int, qk_norm: bool):
         super().__init__()

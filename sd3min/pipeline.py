@@ -1,6 +1,4 @@
-"""Prompt to picture: the text encoders, the flow under guidance and the autoencoder, one after the
-other.
-"""
+"""Prompt to picture: text encoders, flow under guidance and autoencoder, one after the other."""
 
 import dataclasses
 import json
@@ -28,9 +26,12 @@ from sd3min.settings import Settings, check_call
 from sd3min.text_encoders import Conditioning, TextEncoders
 
 
-def to_tensor(image: Image.Image) -> Float[Tensor, "1 3 H W"]:
-    """A picture as a tensor in −1 to 1."""
-    pixels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)
+def to_tensor(image: Image.Image, size: tuple[int, int] | None = None) -> Float[Tensor, "1 3 H W"]:
+    """A picture as a tensor in −1 to 1, at its own size or at another width and height."""
+    image = image.convert("RGB")
+    if size not in (None, image.size):
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
     return 2 * rearrange(pixels, "h w c -> 1 c h w") - 1
 
 
@@ -70,9 +71,7 @@ class Pipeline:
         defaults: Defaults | None = None,
         weights: str = "",
     ):
-        """`defaults`: settings where a call leaves them open; `weights`: what pictures record as
-        their origin.
-        """
+        """`defaults`: of settings left open; `weights`: what pictures name as their origin."""
         self.mmdit, self.autoencoder, self.text_encoders = mmdit, autoencoder, text_encoders
         self.defaults = defaults or Defaults()
         self.weights = weights
@@ -125,9 +124,7 @@ class Pipeline:
         return self.signed(pictures, prompts, negatives, seeds, chosen)
 
     def encode_prompt(self, prompts: Sequence[str], t5_length: int | None = None) -> Conditioning:
-        """Context [b, l, c] and pooled vector [b, p] of each prompt; equal prompts are encoded
-        once.
-        """
+        """Context [b, l, c] and pooled vector [b, p]; equal prompts are encoded once."""
         unique = list(dict.fromkeys(prompts))
         places = torch.tensor([unique.index(text) for text in prompts], device=self.device)
         context, pooled = self.text_encoders.encode(unique, t5_length)
@@ -136,9 +133,7 @@ class Pipeline:
     def velocity(
         self, prompts: list[str], negatives: list[str], settings: Settings
     ) -> flow.Velocity:
-        """The guided velocity of the prompts as a function of latents and time alone, in float32 or
-        better.
-        """
+        """The guided velocity as a function of latents and time alone, in float32 or better."""
         guided = settings.guidance_scale > 1
         context, pooled = self.encode_prompt(
             negatives + prompts if guided else prompts, settings.t5_length
@@ -158,17 +153,12 @@ class Pipeline:
         settings: Settings,
         init_image: Image.Image | None,
     ) -> Float[Tensor, "b c h w"]:
-        """The latents of time t, one picture per generator: noise, or the starting picture under
-        noise.
-        """
+        """Latents of time t, one for each generator: noise, or the starting picture under it."""
         h, w = settings.height // LATENT_DOWNSCALING, settings.width // LATENT_DOWNSCALING
         samples = []
         if init_image is not None:
-            if init_image.size != (settings.width, settings.height):
-                init_image = init_image.resize(
-                    (settings.width, settings.height), Image.Resampling.LANCZOS
-                )
-            moments = self.autoencoder.moments(to_tensor(init_image).to(self.device, self.dtype))
+            image = to_tensor(init_image, (settings.width, settings.height))
+            moments = self.autoencoder.moments(image.to(self.device, self.dtype))
             samples = [posterior_sample(*moments, generator) for generator in generators]
         noise = torch.cat(
             [torch.randn(1, LATENT_CHANNELS, h, w, generator=generator) for generator in generators]

@@ -68,9 +68,7 @@ def t5(config: T5Config) -> T5EncoderModel:
 def token_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int, name: str
 ) -> Tensor:
-    """Ids of the prompts, cut or padded to `length` as the tokenizer pads; a cut is one warning
-    that quotes it.
-    """
+    """Ids of the prompts, padded or cut to `length`; cuts are one warning that quotes them."""
     whole = tokenizer(list(prompts), return_offsets_mapping=True, verbose=False)
     cut = [
         prompt[offsets[length - 1][0] :].strip()  # the last place belongs to the end of the text
@@ -98,9 +96,7 @@ class TextEncoders(nn.Module):
         context_width: int = 4096,
         t5_length: int = 256,
     ):
-        """`tokenizers`: in the encoders' order; `context_width`: T5's; `t5_length`: rows that T5
-        adds by default.
-        """
+        """`context_width`: T5's, or its zeros'; `t5_length`: rows that it adds by default."""
         super().__init__()
         self.clip_l, self.clip_g, self.t5 = clip_l, clip_g, t5
         self.tokenizers = tokenizers

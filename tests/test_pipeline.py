@@ -106,6 +106,8 @@ def test_image_to_image_keeps_the_size_of_its_start_or_takes_the_one_given(pipe)
 def test_image_to_image_takes_grey_and_transparent_pictures(pipe):
     for mode in ("L", "RGBA", "P"):
         assert make(pipe, init_image=start().convert(mode)).shape == (1, 48, 64, 3)
+    smooth = make(pipe, init_image=start().convert("P"), width=32, height=32, strength=0.05)
+    assert len(np.unique(smooth)) > 64  # a palette is resolved before it is resized
 
 
 @pytest.mark.parametrize(

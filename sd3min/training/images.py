@@ -1,6 +1,4 @@
-"""The autoencoder's training: reconstruction, a light pull towards a normal posterior, and the
-official latent scale.
-"""
+"""The autoencoder's training: reconstruction, a normal posterior, and the official scale."""
 
 import random
 from collections.abc import Iterable
@@ -32,9 +30,7 @@ def batch(seed: str, size: int) -> Float[Tensor, "b 3 H W"]:
 def reconstruction_loss(
     autoencoder: Autoencoder, images: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Squared and absolute error of the decoded posterior sample, and the posterior's divergence
-    from N(0, 1).
-    """
+    """Errors of the decoded posterior sample, and the posterior's divergence from N(0, 1)."""
     mean, logvar = autoencoder.moments(images)
     mean, logvar = mean.float(), logvar.float()
     sample = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)

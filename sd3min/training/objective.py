@@ -10,9 +10,7 @@ from sd3min import flow
 def logit_normal_times(
     count: int, shift: float, generator: torch.Generator
 ) -> Float[Tensor, " count"]:
-    """t = sigmoid(u), u ~ N(0, 1), rf/lognorm(0, 1) of Table 1 (§3.1, Eq. 19), then the
-    resolution's shift (Eq. 23).
-    """
+    """t = sigmoid(u), u ~ N(0, 1), then shifted: rf/lognorm(0, 1) (§3.1, Eq. 19; Eq. 23)."""
     return flow.shift_times(torch.randn(count, generator=generator).sigmoid(), shift)
 
 

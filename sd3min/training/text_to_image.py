@@ -1,6 +1,4 @@
-"""The joint training of an MMDiT and its three text encoders, all from scratch, through the flow
-loss alone.
-"""
+"""The training of an MMDiT and its three text encoders, together, through the flow loss alone."""
 
 import random
 from collections.abc import Callable
@@ -25,9 +23,7 @@ DRAWS = 2  # times and noises for each picture and caption of a batch
 
 
 def initialise(mmdit: MMDiT, encoders: TextEncoders, resolution: int) -> None:
-    """Starting values: every block begins as the identity, and words and their positions weigh the
-    same.
-    """
+    """Starting values: every block is the identity, and positions weigh as much as words."""
     table = position_table(mmdit.config.width, mmdit.config.grid, resolution, resolution)
     mmdit.pos_embed.copy_(table)
     for module in mmdit.modules():
@@ -83,9 +79,7 @@ def caption(scene: scenes.Scene, rng: random.Random) -> str:
 
 
 def drop_t5(conditioning: Conditioning, rows: int, generator: torch.Generator) -> Conditioning:
-    """Zeros in place of T5's rows, the last `rows` of the context, for some of the batch (App.
-    B.3).
-    """
+    """Zeros for T5's rows, the last `rows` of the context, in some of the batch (App. B.3)."""
     context, pooled = conditioning
     kept = torch.rand(len(context), 1, 1, generator=generator) >= NO_T5
     clip, t5 = context[:, :-rows], context[:, -rows:]
@@ -100,9 +94,7 @@ def batch_loss(
     batch: int,
     shift: float,
 ) -> Tensor:
-    """The flow loss of one batch of scenes, each with several times and noises; `step` decides all
-    draws.
-    """
+    """The flow loss of one batch of scenes; `step` decides every draw."""
     rng, generator = random.Random(step), torch.Generator().manual_seed(step)
     indices = torch.randint(len(latents.scenes), (batch // DRAWS,), generator=generator)
     captions = [caption(latents.scenes[i], rng) for i in indices.tolist()]

@@ -69,9 +69,7 @@ def save_clip(folder: Path, pad: str) -> None:
 
 
 def save_t5(folder: Path) -> None:
-    """Write a T5 tokenizer into a folder: unlike CLIP's it tells capitals, so that words may begin
-    with one.
-    """
+    """Write a T5 tokenizer into a folder; it tells capitals, so every word may begin with one."""
     specials = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     words = [
         (f"▁{word}", -4.0)
