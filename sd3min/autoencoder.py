@@ -177,7 +177,7 @@ class Autoencoder(nn.Module):
         return mean, logvar.clamp(-30.0, 20.0)
 
     def encode(self, images: Images, generator: torch.Generator | None = None) -> Latents:
-        """Scaled, shifted latents of pictures in −1 to 1: the mode, or with a generator a sample."""
+        """Scaled and shifted latents of pictures in −1 to 1: the mode, or a seeded sample."""
         mean, logvar = self.moments(images)
         if generator is None:
             return (mean - SHIFT) * SCALE

@@ -71,11 +71,10 @@ def sigmas(
 
     A sequence in place of a number gives the times themselves, before the shift, as in diffusers.
     """
-    times = (
-        SCHEDULES[schedule](steps, shift)
-        if isinstance(steps, int)
-        else np.array(steps, dtype=np.float64)
-    )
+    if isinstance(steps, Sequence):
+        times = np.array(steps, dtype=np.float32)
+    else:
+        times = SCHEDULES[schedule](steps, shift)
     return torch.tensor([*shift_times(times, shift), 0.0], dtype=torch.float32)
 
 

@@ -215,7 +215,8 @@ for change in ({"height": 64.0}, {"steps": "28"}, {"prompt": [3]}, {"seed": 1.5}
     except Refusal as refusal:
         print(refusal)
 numbers = {"steps": np.int64(2), "width": np.int32(32), "shift": np.float32(2), "seed": np.int64(1)}
-check_call(MMDiTConfig(depth=2), Defaults(), "a cat", **numbers)
+chosen = check_call(MMDiTConfig(depth=2), Defaults(), "a cat", **numbers).settings
+assert len(chosen.times()) == 3
 """
 
 
@@ -228,5 +229,6 @@ def test_wrong_types_are_refused_and_numpys_numbers_taken():
 def test_the_schedule_can_be_chosen(pipe):
     assert not np.array_equal(make(pipe), make(pipe, schedule="single_shift"))
     own = make(pipe, sigmas=tuple(np.linspace(1, 0.001, 4)))
-    assert np.array_equal(own, make(pipe, schedule="single_shift"))
+    single = make(pipe, schedule="single_shift")
+    assert np.abs(own.astype(int) - single).max() <= 1
     assert flow.sigmas(4).shape == (5,)
