@@ -29,38 +29,33 @@ import torch
 from einops import rearrange
 from matplotlib.colors import PowerNorm
 
-from sd3min.config import MMDiTConfig
-from sd3min.mmdit import MMDiT, sinusoid
+import sd3min
+from sd3min import flow
+from sd3min.mmdit import sinusoid
+from sd3min.pipeline import to_tensor
 
-
-def random_model():
-    """A small network in which nothing is zero, the same at every run."""
-    torch.manual_seed(0)
-    model = MMDiT(MMDiTConfig(depth=2, context_width=96, pooled_width=64, grid=12))
-    for parameter in model.parameters():
-        fan_in = parameter[0].numel() if parameter.dim() > 1 else 100
-        torch.nn.init.normal_(parameter, std=fan_in**-0.5)
-    return model
-
-
-model = random_model()  # or, trained: sd3min.load_mmdit()
-model = model.double().requires_grad_(False)
+pipe = sd3min.load()  # sd3-tiny
+prompt = "a yellow heart left of a purple cross on gray"
+picture = pipe(prompt, seed=3, progress=False)[0]
+picture.resize((192, 192), 0)
 
 # %% [markdown]
 # ## What comes in (Fig. 2a)
 #
-# Three things: the rows of the text, here 10 words and 4 times the same padding; the patches of a
-# noisy latent, 2x2 each, with their positions added; and one vector, the condition, made from the
-# time and from the whole text at once.
+# Three things: the rows of the text, CLIP's and below them T5's; the patches of a noisy latent, 2x2
+# each, with their positions added; and one vector, the condition, made from the time and from the
+# whole text at once. The latent is the picture's above, at time 0.7 of the way to noise.
 
 # %%
-rows, columns, words, paddings = 5, 6, 10, 4
-latents = torch.randn(1, 16, 2 * rows, 2 * columns).double()
-text = torch.randn(1, words + 1, model.config.context_width).double()
-text = torch.cat([text, text[:, -1:].expand(-1, paddings - 1, -1)], dim=1)
-pooled = torch.randn(1, model.config.pooled_width).double()
-time = sinusoid(torch.tensor([700.0])).double()
+t = 0.7
+text, pooled = (part.double() for part in pipe.encode_prompt([prompt]))
+latents = pipe.autoencoder.encode(to_tensor(picture))
+noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+latents = flow.interpolate(latents, noise, t).double()
+time = sinusoid(torch.tensor([1000 * t])).double()
 
+model = pipe.mmdit.double()
+rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
 context = model.context_embedder(text)
 image = model.x_embedder(latents) + model.positions(rows, columns)
 cond = model.t_embedder(time) + model.y_embedder(pooled)
@@ -78,7 +73,7 @@ print(f"text {list(context.shape)}, image {list(image.shape)}, condition {list(c
 # its answer is kept.
 
 # %%
-block = model.joint_blocks[0]
+block = model.joint_blocks[1]
 own = {
     "text": dict(block.context_block.named_parameters()),
     "image": dict(block.x_block.named_parameters()),
@@ -167,26 +162,26 @@ for stream, x in tokens.items():
 # %% [markdown]
 # ## What the tokens look at
 #
-# The matrix $A$ of one head. A row is a token that asks, and its values add up to 1; a column is a
-# token that answers. Cut between text and image, the matrix has four parts, and they are how the
-# two modalities talk: through the lower left, the patches ask the words. Each title says which part
-# of the attention goes there. The last four text tokens are alike, and so are their rows and their
-# columns: padding asks and answers like any word.
+# The matrix $A$, averaged over the heads. A row is a token that asks, and its values add up to 1; a
+# column is a token that answers. Cut between text and image, the matrix has four parts, and they
+# are how the two modalities talk: through the lower left, the patches ask the words. Each title
+# says which part of the attention goes there. Padding asks and answers like any word.
 
 # %%
-head = 0
+matrix = attention.mean(0)
 sizes = {"text": slice(0, length), "image": slice(length, None)}
 counts = [length, rows * columns]
+half = length // 2
 marks = {  # where a label stands on an axis
-    "text": ([(words - 1) / 2, words + (paddings - 1) / 2], ["words", "padding"]),
+    "text": ([(half - 1) / 2, half + (half - 1) / 2], ["CLIP", "T5"]),
     "image": ([columns * (row + 0.5) - 0.5 for row in range(rows)], range(1, rows + 1)),
 }
-titles = {"text": "text tokens", "image": "patches, by row of the picture"}
+titles = {"text": "text tokens", "image": "patches by row"}
 
 figure, panels = plt.subplots(
     2,
     2,
-    figsize=(7.5, 8.5),
+    figsize=(8, 8.8),
     layout="constrained",
     sharex="col",
     sharey="row",
@@ -195,9 +190,9 @@ figure, panels = plt.subplots(
 )
 for i, asking in enumerate(sizes):
     for j, answering in enumerate(sizes):
-        quadrant = attention[head, sizes[asking], sizes[answering]]
+        quadrant = matrix[sizes[asking], sizes[answering]]
         panel = panels[i, j]
-        drawn = panel.imshow(quadrant, norm=PowerNorm(0.5, 0, attention[head].max()), cmap="Blues")
+        drawn = panel.imshow(quadrant, norm=PowerNorm(0.5, 0, matrix.max()), cmap="Blues")
         panel.set_title(f"{asking} asks {answering}: {quadrant.sum(-1).mean():.0%}")
         panel.set_xticks(*marks[answering])
         panel.set_yticks(*marks[asking], rotation=90, va="center")
@@ -209,7 +204,7 @@ figure.colorbar(
     ax=panels,
     location="bottom",
     ticks=[0, 0.01, 0.05, 0.1, 0.2, 0.4],
-    label=f"attention of head {head}",
+    label="attention, mean of the heads",
     shrink=0.7,
 )
 plt.show()
