@@ -232,3 +232,13 @@ def test_the_schedule_can_be_chosen(pipe):
     single = make(pipe, schedule="single_shift")
     assert np.abs(own.astype(int) - single).max() <= 1
     assert flow.sigmas(4).shape == (5,)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_draws_the_same_picture(pipe):
+    """The noise is the CPU's, so only the arithmetic of the device differs."""
+    parts = small.mmdit(), small.autoencoder(), small.encoders(pipe.text_encoders.tokenizers)
+    there = sd3min.Pipeline(*(part.cuda() for part in parts), defaults=small.DEFAULTS)
+    for given in ({}, {"init_image": start(), "strength": 0.7}):
+        difference = np.abs(make(there, **given).astype(int) - make(pipe, **given))
+        assert difference.mean() < 0.5

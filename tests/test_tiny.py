@@ -90,3 +90,11 @@ def test_the_demo_gives_the_committed_picture(pipe):
         difference = np.abs(found - np.asarray(committed))
     assert difference.mean() < 1  # of 255 levels; other processors round differently
     assert judge(Image.fromarray(found.astype(np.uint8)), scenes.parse(prompt)).right
+
+
+def test_it_draws_without_t5_too():
+    wanted = scenes.prompts("seen", 20)
+    pipe = sd3min.load(t5=False)
+    drawn = pipe([scene.caption for scene in wanted], seed=0, progress=False)
+    right = sum(judge(picture, scene).right for picture, scene in zip(drawn, wanted, strict=True))
+    assert right >= 20 * FIGURES["without T5"]["right"] - 5
