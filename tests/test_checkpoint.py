@@ -297,11 +297,14 @@ def test_the_fingerprint_tells_files_apart(tmp_path):
 # silent traps: nothing raises an error where one of these is forgotten
 
 
-def test_tokenizers_give_the_ids_of_their_vocabulary(whole):
-    clip_l, clip_g, t5 = checkpoint.load_text_encoders(whole).tokenizers
-    words = [588, 320, 551, 578, 586, 320, 562, 570, 589]
-    assert clip_l([PROMPT]).input_ids == clip_g([PROMPT]).input_ids == [words]
-    assert t5([PROMPT]).input_ids == [[3, 6, 17, 23, 3, 8, 14, 1]]
+def test_tokenizers_split_a_prompt_into_its_words(whole):
+    words = PROMPT.split()
+    *clips, t5 = checkpoint.load_text_encoders(whole).tokenizers
+    for clip in clips:
+        expected = ["<|startoftext|>", *(f"{word}</w>" for word in words), "<|endoftext|>"]
+        assert clip.convert_ids_to_tokens(clip(PROMPT).input_ids) == expected
+    expected = [*(f"▁{word}" for word in words), "</s>"]
+    assert t5.convert_ids_to_tokens(t5(PROMPT).input_ids) == expected
 
 
 @pytest.mark.skipif(not files.TOKENIZERS.is_dir(), reason="the official tokenizers are not here")
