@@ -106,16 +106,20 @@ def test_batches_depend_on_their_seed_alone():
     assert not torch.equal(images.batch("a 1", 3), images.batch("a 2", 3))
 
 
-def test_t5_is_dropped_whole_and_clip_never():
-    context = torch.ones(400, 6, 8)
-    found = text_to_image.drop_t5(
-        Conditioning(context, torch.ones(400, 4)), 4, torch.Generator().manual_seed(0)
-    ).context
-    assert (found[:, :2] == 1).all()
-    rows = found[:, 2:].flatten(1)
-    dropped = (rows == 0).all(dim=1)
-    assert ((rows == 1).all(dim=1) | dropped).all()
-    assert dropped.float().mean().item() == pytest.approx(text_to_image.NO_T5, abs=0.06)
+def test_t5_or_both_clips_are_dropped_whole_and_never_all():
+    found = text_to_image.drop_encoders(
+        Conditioning(torch.ones(2000, 6, 8), torch.ones(2000, 4)),
+        4,
+        torch.Generator().manual_seed(0),
+    )
+    clip, t5 = found.context[:, :2].flatten(1), found.context[:, 2:].flatten(1)
+    for part in (clip, t5, found.pooled):
+        assert ((part == 0).all(dim=1) | (part == 1).all(dim=1)).all()
+    without_clip, without_t5 = clip[:, 0] == 0, t5[:, 0] == 0
+    assert torch.equal(without_clip, found.pooled[:, 0] == 0)
+    assert not (without_clip & without_t5).any()
+    assert without_t5.float().mean().item() == pytest.approx(text_to_image.NO_T5, abs=0.03)
+    assert without_clip.float().mean().item() == pytest.approx(text_to_image.NO_CLIP, abs=0.03)
 
 
 def test_captions_are_sometimes_empty_and_never_of_another_scene():

@@ -62,7 +62,9 @@ def ablation_table(figures: Mapping[str, Any]) -> str:
     rows = {"all three encoders": figures["whole"], "without T5": figures["without T5"]}
     titles = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
     rows |= {f"{titles[name]}'s weights shuffled": row for name, row in figures["shuffled"].items()}
-    head = f"| {figures['curve prompts']} prompts, half of them held out | all right |\n|---|---|"
+    head = (
+        f"| {figures['ablation prompts']} prompts, half of them held out | all right |\n|---|---|"
+    )
     lines = [f"| {title} | {percent(row['right'])} |" for title, row in rows.items()]
     return "\n".join([head, *lines])
 

@@ -75,7 +75,7 @@ def shuffled(pipe: Pipeline, name: str, wanted: Sequence[scenes.Scene]) -> dict[
 def measure(pipe: Pipeline, weights: Path | None, count: int) -> dict[str, object]:
     """All figures."""
     seen, unseen = scenes.prompts("seen", count), held_out(count)
-    few = scenes.prompts("seen", count // 5) + held_out(count // 5)
+    few, fewer = (scenes.prompts("seen", n) + held_out(n) for n in (count // 5, count // 10))
     pairs, triples = count // 2, count - count // 2
     verdicts = render(pipe, unseen)
     return {
@@ -85,9 +85,10 @@ def measure(pipe: Pipeline, weights: Path | None, count: int) -> dict[str, objec
         "held-out pairs": share(verdicts[:pairs]),
         "held-out triples": share(verdicts[-triples:]),
         "reconstruction": reconstruction(pipe, count),
-        "curve prompts": len(few),
-        "guidance": {scale: share(render(pipe, few, guidance_scale=scale)) for scale in GUIDANCE},
-        "steps": {steps: share(render(pipe, few, steps=steps)) for steps in STEPS},
+        "curve prompts": len(fewer),
+        "guidance": {s: share(render(pipe, fewer, guidance_scale=s)) for s in GUIDANCE},
+        "steps": {steps: share(render(pipe, fewer, steps=steps)) for steps in STEPS},
+        "ablation prompts": len(few),
         "whole": share(render(pipe, few)),
         "shuffled": {name: shuffled(pipe, name, few) for name in ("clip_l", "clip_g", "t5")},
         "without T5": share(render(sd3min.load(weights, t5=False), few)),

@@ -18,7 +18,8 @@ from sd3min.training.loop import save
 from sd3min.training.objective import flow_matching_loss, logit_normal_times
 
 NO_CAPTION = 0.1  # of the captions are left empty, for guidance
-NO_T5 = 0.15  # of the pictures see zeros in place of T5's rows
+NO_T5 = 0.1  # of the pictures see zeros in place of T5's rows
+NO_CLIP = 0.35  # of the pictures see zeros in place of what both CLIPs say
 DRAWS = 2  # times and noises for each picture and caption of a batch
 
 
@@ -78,12 +79,19 @@ def caption(scene: scenes.Scene, rng: random.Random) -> str:
     return words[0].upper() + words[1:] if rng.random() < 0.15 else words
 
 
-def drop_t5(conditioning: Conditioning, rows: int, generator: torch.Generator) -> Conditioning:
-    """Zeros for T5's rows, the last `rows` of the context, in some of the batch (App. B.3)."""
+def drop_encoders(
+    conditioning: Conditioning, rows: int, generator: torch.Generator
+) -> Conditioning:
+    """Zeros for T5, the last `rows` of the context, or for both CLIPs, in some of the batch.
+
+    Differs from the paper, which drops each of the three alone (App. B.3): CLIP-L and CLIP-G stay
+    together here, as every released picture has both.
+    """
     context, pooled = conditioning
-    kept = torch.rand(len(context), 1, 1, generator=generator) >= NO_T5
-    clip, t5 = context[:, :-rows], context[:, -rows:]
-    return Conditioning(torch.cat([clip, t5 * kept], dim=1), pooled)
+    chance = torch.rand(len(context), 1, generator=generator)
+    with_t5, with_clip = chance >= NO_T5, chance < 1 - NO_CLIP
+    clip, t5 = context[:, :-rows] * with_clip[:, None], context[:, -rows:] * with_t5[:, None]
+    return Conditioning(torch.cat([clip, t5], dim=1), pooled * with_clip)
 
 
 def batch_loss(
@@ -98,7 +106,7 @@ def batch_loss(
     rng, generator = random.Random(step), torch.Generator().manual_seed(step)
     indices = torch.randint(len(latents.scenes), (batch // DRAWS,), generator=generator)
     captions = [caption(latents.scenes[i], rng) for i in indices.tolist()]
-    conditioning = drop_t5(encoders.encode(captions), encoders.t5_length, generator)
+    conditioning = drop_encoders(encoders.encode(captions), encoders.t5_length, generator)
     context, pooled = (part.repeat_interleave(DRAWS, dim=0) for part in conditioning)
 
     data = latents.data[indices].repeat_interleave(DRAWS, dim=0)
