@@ -76,10 +76,10 @@ def test_measured_accuracy_is_what_was_aimed_at():
     assert FIGURES["reconstruction"]["right"] >= 0.95
 
 
-def test_every_text_encoder_is_needed():
-    """Shuffling any one encoder's weights costs at least five points."""
-    for name, figures in FIGURES["shuffled"].items():
-        assert figures["right"] <= FIGURES["whole"]["right"] - 0.05, name
+@pytest.mark.parametrize("name", ["clip_l", "clip_g"])
+def test_both_clips_are_needed(name):
+    """Shuffling either one's weights costs at least five points; T5's can be done without."""
+    assert FIGURES["shuffled"][name]["right"] <= FIGURES["whole"]["right"] - 0.05
 
 
 def test_the_demo_gives_the_committed_picture(pipe):

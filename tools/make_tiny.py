@@ -40,8 +40,7 @@ BATCH = 96
 IMAGE_BATCH = 16
 RECONSTRUCTION = Recipe(steps=2400, learning_rate=1e-3)
 DECODER = Recipe(steps=2800, learning_rate=5e-4)  # alone, once the latents have their scale
-FLOW = Recipe(steps=11_500, learning_rate=8e-4, warmup=300)
-LABOUR = Recipe(steps=1600, learning_rate=4e-4, warmup=50)  # relations told to T5 alone
+FLOW = Recipe(steps=12_000, learning_rate=8e-4, warmup=300)
 
 
 def train_autoencoder(work: Path) -> Autoencoder:
@@ -101,7 +100,6 @@ def train_flow(work: Path, autoencoder: Autoencoder) -> tuple[MMDiT, TextEncoder
 
     with sdpa_kernel(SDPBackend.MATH):  # the quickest for so few tokens
         fit(both, loss, FLOW, work / "flow.pt")
-        fit(both, loss, LABOUR, work / "labour.pt")
     return mmdit, encoders
 
 
