@@ -1,6 +1,7 @@
 """Draw the README's pictures and write its tables: python tools/figures.py.
 
-In `weights/figures`, `grid.png` shows the first prompts of each kind, their indices as seeds, and
+In `weights/figures`, `grid.png` shows the first prompts of each kind, their indices as seeds,
+`demo.png` the picture of `make demo`, and
 `curves.png` what `tools/measure_tiny.py` measured into `weights/sd3-tiny/accuracy.json`.
 """
 
@@ -95,6 +96,15 @@ def draw_grid() -> None:
     figure.savefig(FIGURES / "grid.png")
 
 
+def draw_demo() -> None:
+    """The picture of `make demo`, for comparison."""
+    command = re.search(r'generate "(.+)" --seed (\d+)', (ROOT / "Makefile").read_text())
+    if command is None:
+        raise ValueError("the Makefile has no demo with a prompt and a seed")
+    picture = sd3min.load()(command[1], seed=int(command[2]), progress=False)[0]
+    sd3min.save(picture, FIGURES / "demo.png")
+
+
 def draw_curves(figures: Mapping[str, Any]) -> None:
     """Accuracy against guidance scale and against steps."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), dpi=110, sharey=True)
@@ -136,6 +146,7 @@ def main() -> None:
     FIGURES.mkdir(exist_ok=True)
     figures = json.loads(ACCURACY.read_text())
     draw_grid()
+    draw_demo()
     draw_curves(figures)
     tables = {
         "accuracy": accuracy_table(figures),
