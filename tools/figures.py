@@ -82,7 +82,7 @@ def cost_table() -> str:
 def draw_grid() -> None:
     """The first prompts of each kind, nothing picked."""
     pipe = sd3min.load()
-    figure, axes = plt.subplots(len(ROWS), COLUMNS, figsize=(11, 7.2), dpi=110)
+    figure, axes = plt.subplots(len(ROWS), COLUMNS, figsize=(11, 6), dpi=110)
     for row, (kind, title) in zip(axes, ROWS.items(), strict=True):
         wanted = [scene.caption for scene in scenes.prompts(kind, COLUMNS)]
         pictures = pipe(wanted, seed=0, progress=False)
@@ -92,7 +92,7 @@ def draw_grid() -> None:
             place.set_yticks([])
             place.set_xlabel("\n".join(textwrap.wrap(prompt, 24)), fontsize=8.5)
         row[0].set_title(title, loc="left", fontsize=10, fontweight="bold")
-    figure.tight_layout(h_pad=1.2)
+    figure.tight_layout(h_pad=0.6)
     figure.savefig(FIGURES / "grid.png")
 
 
