@@ -629,6 +629,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="those whose file or title contains this text")
     only = parser.parse_args().only
     mutations = [made for made in MUTATIONS if only in f"{made.file} {made.title}"]
+    if not mutations:
+        sys.exit(f"no mutation's file or title contains {only!r}")
     survivors = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
