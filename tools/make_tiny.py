@@ -33,7 +33,12 @@ T5 = {"layers": 3, "width": 256, "mlp_width": 512, "heads": 4}
 RESOLUTION = 64  # pixels
 SHIFT = 2.0
 DEFAULTS = Defaults(
-    width=RESOLUTION, height=RESOLUTION, steps=20, guidance_scale=4.0, shift=SHIFT, t5_length=16
+    width=RESOLUTION,
+    height=RESOLUTION,
+    steps=20,
+    guidance_scale=4.0,
+    shift=SHIFT,
+    t5_length=vocabulary.LENGTH,
 )
 PICTURES = 30_720
 BATCH = 96
