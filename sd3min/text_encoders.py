@@ -120,13 +120,16 @@ class TextEncoders(nn.Module):
         ids = token_ids(self.tokenizers[2], prompts, length, "T5").to(self.t5.device)
         return self.t5(ids).last_hidden_state
 
-    def encode(self, prompts: Sequence[str], t5_length: int | None = None) -> Conditioning:
-        """Context and pooled vector of each prompt."""
+    def both_clips(self, prompts: Sequence[str]) -> Conditioning:
+        """Rows of both CLIPs side by side, padded to the context's width, and both pooled."""
         l_rows, l_pooled = self.clip_rows(self.clip_l, 0, prompts)
         g_rows, g_pooled = self.clip_rows(self.clip_g, 1, prompts)
-        clip_rows = torch.cat([l_rows, g_rows], dim=-1)
-        clip_rows = F.pad(clip_rows, (0, self.context_width - clip_rows.shape[-1]))
+        rows = torch.cat([l_rows, g_rows], dim=-1)
+        rows = F.pad(rows, (0, self.context_width - rows.shape[-1]))
+        return Conditioning(rows, torch.cat([l_pooled, g_pooled], dim=-1))
+
+    def encode(self, prompts: Sequence[str], t5_length: int | None = None) -> Conditioning:
+        """Context and pooled vector of each prompt."""
+        clip_rows, pooled = self.both_clips(prompts)
         t5_rows = self.t5_rows(prompts, t5_length or self.t5_length).to(clip_rows)
-        return Conditioning(
-            torch.cat([clip_rows, t5_rows], dim=1), torch.cat([l_pooled, g_pooled], dim=-1)
-        )
+        return Conditioning(torch.cat([clip_rows, t5_rows], dim=1), pooled)

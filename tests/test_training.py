@@ -12,6 +12,7 @@ from sd3min.text_encoders import Conditioning
 from sd3min.training import images, scenes, text_to_image, vocabulary
 from sd3min.training.loop import Recipe, fit
 from sd3min.training.objective import flow_matching_loss, logit_normal_times
+from sd3min.training.scenes import RELATIONS
 
 
 def test_times_are_logit_normal_pushed_through_the_shift():
@@ -106,20 +107,47 @@ def test_batches_depend_on_their_seed_alone():
     assert not torch.equal(images.batch("a 1", 3), images.batch("a 2", 3))
 
 
-def test_t5_or_both_clips_are_dropped_whole_and_never_all():
-    found = text_to_image.drop_encoders(
-        Conditioning(torch.ones(2000, 6, 8), torch.ones(2000, 4)),
-        4,
-        torch.Generator().manual_seed(0),
+def test_relations_are_told_to_t5_and_to_clip_only_where_t5_is_left_out(tmp_path, monkeypatch):
+    """What each encoder is given of 2,000 scenes in one relation."""
+    encoders, read = small.encoders(small.tokenizers(tmp_path)), {}
+
+    def both_clips(prompts):
+        read["clip"] = prompts
+        return Conditioning(torch.ones(len(prompts), 2, 8), torch.ones(len(prompts), 4))
+
+    def t5_rows(prompts, length):
+        read["t5"] = prompts
+        return torch.ones(len(prompts), length, 8)
+
+    monkeypatch.setattr(encoders, "both_clips", both_clips)
+    monkeypatch.setattr(encoders, "t5_rows", t5_rows)
+    scene = scenes.parse("a red circle left of a blue square on gray")
+    context, pooled = text_to_image.encode(encoders, [scene] * 2000, random.Random(0))
+
+    rows = context[:, 2:].flatten(1)
+    with_t5 = (rows == 1).all(dim=1)
+    assert ((rows == 0).all(dim=1) | with_t5).all()
+    assert (context[:, :2] == 1).all() and (pooled == 1).all()
+    assert with_t5.float().mean().item() == pytest.approx(1 - text_to_image.NO_T5, abs=0.03)
+    pairs = list(zip(read["clip"], read["t5"], with_t5.tolist(), strict=True))
+    assert all("left of" in t5 for _, t5, _ in pairs if t5)
+    assert all(clip == t5 for clip, t5, has_t5 in pairs if not has_t5)
+    assert all(bool(clip) == bool(t5) for clip, t5, _ in pairs)
+    told = [clip for clip, t5, has_t5 in pairs if has_t5 and t5]
+    shares = [sum(f" {relation} " in clip for clip in told) / len(told) for relation in RELATIONS]
+    assert shares == pytest.approx([1 / len(RELATIONS)] * len(RELATIONS), abs=0.05)
+
+
+@pytest.mark.parametrize("triple", scenes.held_out()["triples"])
+def test_a_held_out_relation_is_never_told_by_chance(triple):
+    first, rest = triple.split(" ", 1)
+    relation, second = rest.rsplit(" ", 1)
+    other = next(
+        r for r in RELATIONS if f"{first} {r} {second}" not in scenes.held_out()["triples"]
     )
-    clip, t5 = found.context[:, :2].flatten(1), found.context[:, 2:].flatten(1)
-    for part in (clip, t5, found.pooled):
-        assert ((part == 0).all(dim=1) | (part == 1).all(dim=1)).all()
-    without_clip, without_t5 = clip[:, 0] == 0, t5[:, 0] == 0
-    assert torch.equal(without_clip, found.pooled[:, 0] == 0)
-    assert not (without_clip & without_t5).any()
-    assert without_t5.float().mean().item() == pytest.approx(text_to_image.NO_T5, abs=0.03)
-    assert without_clip.float().mean().item() == pytest.approx(text_to_image.NO_CLIP, abs=0.03)
+    scene = scenes.parse(f"a red {first} {other} a blue {second} on gray")
+    rng = random.Random(0)
+    assert relation not in {text_to_image.misread(scene, rng).relation for _ in range(200)}
 
 
 def test_captions_are_sometimes_empty_and_never_of_another_scene():
@@ -169,6 +197,10 @@ def test_training_starts_with_the_identity_and_with_positions_as_loud_as_words(t
         embeddings = clip.text_model.embeddings
         words = embeddings.token_embedding.weight.std()
         assert embeddings.position_embedding.weight.std() / words == pytest.approx(1, abs=0.1)
+    ids = torch.arange(12)[None]
+    forward, backward = (encoders.t5(order).last_hidden_state for order in (ids, ids.flip(1)))
+    moved = (forward - backward.flip(1)).norm() / forward.norm()
+    assert moved > 0.3  # T5 hears the order of its words from the start
 
 
 def test_one_batch_of_the_joint_training_reaches_every_weight(tmp_path):

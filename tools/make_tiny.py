@@ -45,7 +45,7 @@ BATCH = 96
 IMAGE_BATCH = 16
 RECONSTRUCTION = Recipe(steps=2400, learning_rate=1e-3)
 DECODER = Recipe(steps=2800, learning_rate=5e-4)  # alone, once the latents have their scale
-FLOW = Recipe(steps=12_000, learning_rate=8e-4, warmup=300)
+FLOW = Recipe(steps=8_000, learning_rate=8e-4, warmup=300)
 
 
 def train_autoencoder(work: Path) -> Autoencoder:

@@ -1,7 +1,8 @@
 """The training of an MMDiT and its three text encoders, together, through the flow loss alone."""
 
+import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,8 +19,7 @@ from sd3min.training.loop import save
 from sd3min.training.objective import flow_matching_loss, logit_normal_times
 
 NO_CAPTION = 0.1  # of the captions are left empty, for guidance
-NO_T5 = 0.1  # of the pictures see zeros in place of T5's rows
-NO_CLIP = 0.35  # of the pictures see zeros in place of what both CLIPs say
+NO_T5 = 0.2  # of the pictures see zeros in place of T5's rows
 DRAWS = 2  # times and noises for each picture and caption of a batch
 
 
@@ -37,6 +37,8 @@ def initialise(mmdit: MMDiT, encoders: TextEncoders, resolution: int) -> None:
     for clip in (encoders.clip_l, encoders.clip_g):
         nn.init.normal_(clip.text_model.embeddings.token_embedding.weight, std=0.5)
         nn.init.normal_(clip.text_model.embeddings.position_embedding.weight, std=0.5)
+    distances = encoders.t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+    nn.init.normal_(distances.weight)  # the logits of attention, T5's only sense of order
     nn.init.eye_(encoders.clip_l.text_projection.weight)
     encoders.clip_l.text_projection.requires_grad_(False)
 
@@ -79,19 +81,33 @@ def caption(scene: scenes.Scene, rng: random.Random) -> str:
     return words[0].upper() + words[1:] if rng.random() < 0.15 else words
 
 
-def drop_encoders(
-    conditioning: Conditioning, rows: int, generator: torch.Generator
-) -> Conditioning:
-    """Zeros for T5, the last `rows` of the context, or for both CLIPs, in some of the batch.
+def misread(scene: scenes.Scene, rng: random.Random) -> scenes.Scene:
+    """The scene with a relation by chance, though never a held-out one."""
+    if scene.relation is None:
+        return scene
+    others = [dataclasses.replace(scene, relation=relation) for relation in scenes.RELATIONS]
+    return rng.choice([other for other in others if not scenes.has_held_out_triple(other)])
 
-    Differs from the paper, which drops each of the three alone (App. B.3): CLIP-L and CLIP-G stay
-    together here, as every released picture has both.
+
+def encode(
+    encoders: TextEncoders, wanted: Sequence[scenes.Scene], rng: random.Random
+) -> Conditioning:
+    """What the encoders say of the scenes; T5 is left out of some of them.
+
+    Where T5 reads the caption, both CLIPs read it with a relation by chance: CLIP is told what
+    there is and T5 how it stands, and the network learns to ask each for its own. Where T5 is left
+    out, the CLIPs read the whole. Differs from the paper, which drops each of the three alone (App.
+    B.3): a caption this short is read by any one encoder, and the network would do without T5.
     """
-    context, pooled = conditioning
-    chance = torch.rand(len(context), 1, generator=generator)
-    with_t5, with_clip = chance >= NO_T5, chance < 1 - NO_CLIP
-    clip, t5 = context[:, :-rows] * with_clip[:, None], context[:, -rows:] * with_t5[:, None]
-    return Conditioning(torch.cat([clip, t5], dim=1), pooled * with_clip)
+    with_t5 = [rng.random() >= NO_T5 for _ in wanted]
+    wordings = [rng.random() for _ in wanted]
+    told = [caption(s, random.Random(w)) for s, w in zip(wanted, wordings, strict=True)]
+    heard = [misread(s, rng) if has else s for s, has in zip(wanted, with_t5, strict=True)]
+    misheard = [caption(s, random.Random(w)) for s, w in zip(heard, wordings, strict=True)]
+
+    clip, pooled = encoders.both_clips(misheard)
+    t5 = encoders.t5_rows(told, encoders.t5_length) * torch.tensor(with_t5)[:, None, None]
+    return Conditioning(torch.cat([clip, t5], dim=1), pooled)
 
 
 def batch_loss(
@@ -105,8 +121,7 @@ def batch_loss(
     """The flow loss of one batch of scenes; `step` decides every draw."""
     rng, generator = random.Random(step), torch.Generator().manual_seed(step)
     indices = torch.randint(len(latents.scenes), (batch // DRAWS,), generator=generator)
-    captions = [caption(latents.scenes[i], rng) for i in indices.tolist()]
-    conditioning = drop_encoders(encoders.encode(captions), encoders.t5_length, generator)
+    conditioning = encode(encoders, [latents.scenes[i] for i in indices.tolist()], rng)
     context, pooled = (part.repeat_interleave(DRAWS, dim=0) for part in conditioning)
 
     data = latents.data[indices].repeat_interleave(DRAWS, dim=0)
