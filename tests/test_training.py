@@ -1,3 +1,4 @@
+import functools
 import json
 import random
 
@@ -5,11 +6,11 @@ import pytest
 import small
 import torch
 
-from sd3min import flow
+from sd3min import flow, text_encoders
 from sd3min.autoencoder import Autoencoder
-from sd3min.config import AutoencoderConfig
+from sd3min.config import AutoencoderConfig, T5Config
 from sd3min.text_encoders import Conditioning
-from sd3min.training import images, scenes, text_to_image, vocabulary
+from sd3min.training import images, reading, scenes, text_to_image, vocabulary
 from sd3min.training.loop import Recipe, fit
 from sd3min.training.objective import flow_matching_loss, logit_normal_times
 from sd3min.training.scenes import RELATIONS
@@ -148,6 +149,35 @@ def test_a_held_out_relation_is_never_told_by_chance(triple):
     scene = scenes.parse(f"a red {first} {other} a blue {second} on gray")
     rng = random.Random(0)
     assert relation not in {text_to_image.misread(scene, rng).relation for _ in range(200)}
+
+
+def test_the_words_of_a_thing_are_asked_where_it_stands():
+    def asked(caption, words):
+        return [
+            reading.PLACES[place] if place != reading.IGNORED else "-"
+            for place in reading.targets(scenes.parse(caption), words, 12)
+        ]
+
+    caption = "a red circle left of a blue square on gray"
+    found = asked(caption, caption)
+    assert found == [*"-", "left of", "left of", *"---", "right of", "right of", *"----"]
+    found = asked("an orange heart above a pink star on white", "Orange heart above pink star")
+    assert found == ["above", "above", "-", "below", "below", *"-------"]
+    assert asked("a red circle on gray", "a red circle on gray")[:4] == ["-", None, None, "-"]
+
+
+def test_a_short_reading_lesson_is_learnt_and_holds_for_relations_never_read(tmp_path):
+    torch.manual_seed(0)
+    encoders = small.encoders(small.tokenizers(tmp_path))
+    sizes = T5Config(3, 320, mlp_width=512, heads=4, vocabulary=len(encoders.tokenizers[2]))
+    encoders.t5 = text_encoders.t5(sizes)
+    text_to_image.initialise(small.mmdit(), encoders, 64)
+    lesson = reading.Lesson(encoders).eval()
+    wanted = scenes.prompts("triples", 100)
+    before = reading.right_answers(lesson, wanted)
+    loss = functools.partial(reading.reading_loss, lesson, 48)
+    fit(lesson, loss, Recipe(steps=150, learning_rate=1e-3, warmup=20), tmp_path / "lesson.pt")
+    assert before < 0.1 and reading.right_answers(lesson, wanted) > 0.9
 
 
 def test_captions_are_sometimes_empty_and_never_of_another_scene():

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from sd3min.checkpoint import PREFIXES
 from sd3min.config import AutoencoderConfig, CLIPConfig, Defaults, MMDiTConfig, T5Config
 from sd3min.mmdit import MMDiT
 from sd3min.text_encoders import TextEncoders
-from sd3min.training import images, text_to_image, vocabulary
+from sd3min.training import images, reading, text_to_image, vocabulary
 from sd3min.training.loop import Recipe, fit
 
 AUTOENCODER = AutoencoderConfig(widths=(32, 64, 96, 128), blocks=1)
@@ -45,7 +46,9 @@ BATCH = 96
 IMAGE_BATCH = 16
 RECONSTRUCTION = Recipe(steps=2400, learning_rate=1e-3)
 DECODER = Recipe(steps=2800, learning_rate=5e-4)  # alone, once the latents have their scale
-FLOW = Recipe(steps=8_000, learning_rate=8e-4, warmup=300)
+READING = Recipe(steps=400, learning_rate=1e-3, warmup=50)
+CAPTIONS = 64  # of a batch of the reading lesson
+FLOW = Recipe(steps=6_000, learning_rate=8e-4, warmup=300)
 
 
 def train_autoencoder(work: Path) -> Autoencoder:
@@ -89,15 +92,16 @@ def make_encoders(work: Path) -> TextEncoders:
 
 
 def train_flow(work: Path, autoencoder: Autoencoder) -> tuple[MMDiT, TextEncoders]:
-    """MMDiT and text encoders together, on latents that are encoded once."""
+    """T5's reading lesson, then MMDiT and text encoders together, on latents encoded once."""
     torch.manual_seed(0)
     encoders = make_encoders(work)
     mmdit = MMDiT(MMDIT)
     text_to_image.initialise(mmdit, encoders, RESOLUTION)
+    lesson = reading.Lesson(encoders).eval()  # no dropout in T5
+    fit(lesson, partial(reading.reading_loss, lesson, CAPTIONS), READING, work / "reading.pt")
+
     latents = text_to_image.Latents(autoencoder, PICTURES, work / "latents.pt")
-    both = torch.nn.ModuleDict(
-        {"mmdit": mmdit, "text_encoders": encoders}
-    ).eval()  # no dropout in T5
+    both = torch.nn.ModuleDict({"mmdit": mmdit, "text_encoders": encoders}).eval()
     compiled = torch.compile(mmdit)
 
     def loss(step: int) -> torch.Tensor:

@@ -130,7 +130,7 @@ def outputs(folder: Path) -> Outputs:
 def compare(found: Outputs, right: Outputs, caught: str) -> Effect:
     """How far a broken package's outputs are from the right ones."""
     changes = {
-        name: np.linalg.norm(found[name] - value) / np.linalg.norm(value)
+        name: float(np.linalg.norm(found[name] - value) / np.linalg.norm(value))
         if found[name].shape == value.shape
         else np.inf
         for name, value in right.items()

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,8 @@ def main(path: str) -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         found = {name: value.double().numpy() for name, value in of_networks(Path(folder)).items()}
-    np.savez(path, **found, **of_pictures())
+    named: dict[str, Any] = found | of_pictures()
+    np.savez(path, **named)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,9 @@ def initialise(mmdit: MMDiT, encoders: TextEncoders, resolution: int) -> None:
     for clip in (encoders.clip_l, encoders.clip_g):
         nn.init.normal_(clip.text_model.embeddings.token_embedding.weight, std=0.5)
         nn.init.normal_(clip.text_model.embeddings.position_embedding.weight, std=0.5)
-    distances = encoders.t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
-    nn.init.normal_(distances.weight)  # the logits of attention, T5's only sense of order
+    for name, parameter in encoders.named_parameters():
+        if "relative_attention_bias" in name:
+            nn.init.normal_(parameter)  # logits of attention: T5's only sense of order
     nn.init.eye_(encoders.clip_l.text_projection.weight)
     encoders.clip_l.text_projection.requires_grad_(False)
 
