@@ -18,7 +18,8 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 from sd3min.autoencoder import Autoencoder
 from sd3min.config import T5_XXL, Defaults, MMDiTConfig, Refusal
 from sd3min.mmdit import MMDiT
-from sd3min.parts import PREFIXES, TITLES, Part, fill, open_file
+from sd3min.parts import PREFIXES, TITLES, Part, fill
+from sd3min.sources import open_path
 from sd3min.text_encoders import TextEncoders
 
 __all__ = [
@@ -75,26 +76,36 @@ class Checkpoint:
 
     path: Path
     parts: dict[str, Part]
+    metadata: dict[str, str]
     defaults: Defaults
     tokenizers: Path
 
     @classmethod
     def open(
         cls,
-        path: AnyPath | None = None,
+        path: AnyPath | Sequence[AnyPath] | None = None,
         text_encoders: AnyPath | Sequence[AnyPath] | None = None,
         tokenizers: AnyPath | None = None,
     ) -> "Checkpoint":
-        """Read the headers of an official file, or of sd3-tiny, and of text encoders' own files."""
-        path = tiny() if path is None else Path(path)
-        more = [text_encoders] if isinstance(text_encoders, str | Path) else text_encoders or []
-        parts, metadata = open_file(path)
-        for other in more:
-            found, _ = open_file(other)
-            if not found.keys() & TOKENIZERS:
-                raise Refusal(f"{other} holds no text encoder: leave it out")
-            parts |= {name: part for name, part in found.items() if name in TOKENIZERS}
-        return cls(path, parts, read_defaults(path, metadata), Path(tokenizers or path.parent))
+        """Read the headers of a file or a folder, or of several; of sd3-tiny where none is named.
+
+        Where several hold the same part, the last one's counts, and `text_encoders` after all.
+        """
+        paths = listed(path) or [tiny()]
+        parts, metadata = {}, {}
+        for place in paths:
+            found = open_path(place)
+            parts |= found.parts
+            metadata |= found.metadata
+        for place in listed(text_encoders):
+            encoders = {n: p for n, p in open_path(place).parts.items() if n in TOKENIZERS}
+            if not encoders:
+                raise Refusal(f"{place} holds no text encoder: leave it out")
+            parts |= encoders
+        parts = {name: parts[name] for name in TITLES if name in parts}
+        folder = paths[0] if paths[0].is_dir() else paths[0].parent
+        defaults = read_defaults(paths[0], metadata)
+        return cls(paths[0], parts, metadata, defaults, Path(tokenizers or folder))
 
     def require(self, names: Sequence[str]) -> None:
         """Refuse where a part is missing or damaged."""
@@ -179,6 +190,12 @@ class Checkpoint:
                 f"name the folder that holds {places}"
             )
         return tokenizer
+
+
+def listed(paths: AnyPath | Sequence[AnyPath] | None) -> list[Path]:
+    """One path or several as a list."""
+    given = [paths] if isinstance(paths, str | Path) else paths or []
+    return [Path(path) for path in given]
 
 
 def tiny() -> Path:

@@ -5,15 +5,16 @@ of the autoencoder's attention are linear layers; and where only a scale and a s
 condition, diffusers has the scale first.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sd3min.config import AutoencoderConfig, MMDiTConfig
+from sd3min.config import AutoencoderConfig, MMDiTConfig, Shapes, count
 
 Tensors = dict[str, Tensor]
+SUFFIXES = ("", ".weight", ".bias")
 
 
 class Row(NamedTuple):
@@ -116,11 +117,42 @@ def rows(config: MMDiTConfig | AutoencoderConfig) -> Iterator[Row]:
     return mmdit_rows(config) if isinstance(config, MMDiTConfig) else autoencoder_rows(config)
 
 
+class Recipe(NamedTuple):
+    """How an official tensor is made of diffusers' tensors of these names."""
+
+    names: tuple[str, ...]
+    back: Callable[[Tensor], Tensor]
+
+    def make(self, pieces: Sequence[Tensor]) -> Tensor:
+        """The official tensor, from the pieces in the order of `names`."""
+        return self.back(torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0])
+
+
+def recipes(config: MMDiTConfig | AutoencoderConfig) -> dict[str, Recipe]:
+    """A recipe for every official tensor that the table knows, whether a model has it or not."""
+    return {
+        row.official + suffix: Recipe(tuple(name + suffix for name in row.diffusers), row.back)
+        for row in rows(config)
+        for suffix in SUFFIXES
+    }
+
+
+def numbers(shapes: Shapes) -> MMDiTConfig | AutoencoderConfig:
+    """As much of a config as the tables ask for, counted in diffusers' names: the depth, or how
+    many levels and blocks there are.
+    """
+    if depth := count(shapes, r"transformer_blocks\.(\d+)\."):
+        return MMDiTConfig(depth)
+    levels = count(shapes, r"encoder\.down_blocks\.(\d+)\.")
+    blocks = count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
+    return AutoencoderConfig((0,) * levels, blocks)
+
+
 def to_diffusers(tensors: Tensors, config: MMDiTConfig | AutoencoderConfig) -> Tensors:
     """Official names to diffusers'; a tensor that the table does not know is a KeyError."""
     left, named = dict(tensors), {}
     for row in rows(config):
-        for suffix in ("", ".weight", ".bias"):
+        for suffix in SUFFIXES:
             tensor = left.pop(row.official + suffix, None)
             if tensor is not None:
                 pieces = row.there(tensor).chunk(len(row.diffusers))
@@ -135,13 +167,9 @@ def to_diffusers(tensors: Tensors, config: MMDiTConfig | AutoencoderConfig) -> T
 def from_diffusers(tensors: Tensors, config: MMDiTConfig | AutoencoderConfig) -> Tensors:
     """diffusers' names to official ones; a tensor that the table does not know is a KeyError."""
     left, named = dict(tensors), {}
-    for row in rows(config):
-        for suffix in ("", ".weight", ".bias"):
-            if row.diffusers[0] + suffix in left:
-                pieces = [left.pop(name + suffix) for name in row.diffusers]
-                named[row.official + suffix] = row.back(
-                    torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-                )
+    for official, recipe in recipes(config).items():
+        if recipe.names[0] in left:
+            named[official] = recipe.make([left.pop(name) for name in recipe.names])
     if left:
         raise KeyError(f"no official names are known for {', '.join(sorted(left))}")
     return named

@@ -15,7 +15,8 @@ from sd3min import checkpoint, config, parts
 from sd3min.checkpoint import Checkpoint
 from sd3min.config import Refusal
 from sd3min.mmdit import position_table
-from sd3min.parts import DERIVED, PREFIXES, TITLES, open_file
+from sd3min.parts import DERIVED, PREFIXES, TITLES
+from sd3min.sources import open_path
 
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,12 +96,12 @@ def test_every_subset_of_parts_is_recognised(bare, tmp_path):
     for count in range(1, 6):
         for names in combinations(PREFIXES, count):
             path = files.sparse(tmp_path / "file", shapes(prefixed(bare, names)))
-            assert tuple(open_file(path)[0]) == names
+            assert tuple(open_path(path).parts) == names
 
 
 @pytest.mark.parametrize("part", PREFIXES)
 def test_a_part_without_its_prefix_is_recognised(part, bare, tmp_path):
-    found, _ = open_file(files.sparse(tmp_path / "file", shapes(bare[part])))
+    found, _ = open_path(files.sparse(tmp_path / "file", shapes(bare[part])))
     assert list(found) == [part]
     found[part].skeleton()
 
@@ -116,7 +117,7 @@ def test_an_mmdit_without_its_prefix_is_recognised_among_other_parts(bare, tmp_p
 def test_a_clip_that_projects_is_clip_l_where_it_is_as_wide_as_clip_l(tmp_path):
     for width, part in ((768, "clip_l"), (1280, "clip_g")):
         names = {"text_model.final_layer_norm.weight": [width], "text_projection.weight": [width]}
-        found, _ = open_file(files.sparse(tmp_path / "file", names))
+        found, _ = open_path(files.sparse(tmp_path / "file", names))
         assert list(found) == [part]
 
 
@@ -405,7 +406,7 @@ def a_lora(path):
     ("write", "fault", "mend"),
     [
         (no_file, "does not exist", "pass the path"),
-        (a_folder, "is not a file", "pass the path"),
+        (a_folder, "holds no .safetensors files", "pass an official file"),
         (an_empty_file, "is empty", "download it again"),
         (a_text, "no safetensors file", "download it again"),
         (a_pickle, "no safetensors file", "download it again"),
@@ -480,7 +481,7 @@ def test_an_mmdit_whose_width_is_not_64_times_its_depth_is_refused(bare, tmp_pat
 
 def test_whole_numbers_are_refused_as_weights(bare, tmp_path):
     path = files.sparse(tmp_path / "file", shapes(bare["autoencoder"]), "I8")
-    refused(lambda: checkpoint.load_autoencoder(path), "as I8", "no plain floating-point type")
+    refused(lambda: checkpoint.load_autoencoder(path), "as I8, which is no plain floating-point")
 
 
 def test_a_part_that_is_there_twice_is_refused(bare, tmp_path):

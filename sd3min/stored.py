@@ -1,0 +1,116 @@
+"""Tensors that are known by a file's header, and read when asked.
+
+A safetensors file begins with the names, types and shapes of its tensors. That is enough to find
+out which model it holds and whether anything is missing; the values stay in the file, which the
+operating system maps into memory and reads page by page where they are used.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sd3min.config import Refusal
+
+Read = Callable[[str], Tensor]
+Make = Callable[[Sequence[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: what the header says of it, and where its values are."""
+
+    name: str  # as the file has it
+    shape: list[int]
+    dtype: str  # as safetensors calls it: F16, BF16, F8_E4M3, …
+    path: Path
+    reader: Read = dataclasses.field(repr=False, compare=False)
+    scale: "Stored | None" = None  # what its values are to be multiplied by, in scaled fp8
+
+    @property
+    def paths(self) -> list[Path]:
+        """The file."""
+        return [self.path]
+
+    def read(self) -> Tensor:
+        """The values as they are stored, mapped from the file; a scale is not applied."""
+        return self.reader(self.name)
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The values in a type to work in: the file's own memory where that fits, else converted.
+
+        Scaled fp8 is multiplied in float32 and rounded once, to `dtype`.
+        """
+        values = self.read()
+        if self.scale is not None:
+            values = values.float() * self.scale.read().float()
+        return values.to(device, dtype)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A tensor that is stored in another form: in pieces, reshaped, or with its halves swapped."""
+
+    name: str
+    shape: list[int]  # once it is made
+    dtype: str  # the pieces', or all of them where they differ
+    pieces: tuple[Stored, ...]
+    make: Make = dataclasses.field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, name: str, pieces: Sequence[Stored], make: Make) -> "Joined":
+        """Find out the shape without reading; a RuntimeError where the pieces do not fit."""
+        made = make([torch.empty(piece.shape, device="meta") for piece in pieces])
+        dtype = "+".join(dict.fromkeys(piece.dtype for piece in pieces))
+        return cls(name, list(made.shape), dtype, tuple(pieces), make)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files of the pieces."""
+        return list(dict.fromkeys(piece.path for piece in self.pieces))
+
+    @property
+    def scale(self) -> Stored | None:
+        """A piece's scale, where the pieces have any."""
+        return next((piece.scale for piece in self.pieces if piece.scale), None)
+
+    def read(self) -> Tensor:
+        """The values in the type they are stored in; scales are not applied."""
+        return self.make([piece.read() for piece in self.pieces])
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The values in a type to work in."""
+        return self.make([piece.load(dtype, device) for piece in self.pieces])
+
+
+AnyStored = Stored | Joined
+
+
+def read_header(path: Path) -> tuple[list[Stored], dict[str, str]]:
+    """What a safetensors file says about its tensors, and its metadata; the file stays open."""
+    try:
+        if not path.exists():
+            raise Refusal(f"{path} does not exist: pass the path of a .safetensors file")
+        if not path.is_file():
+            raise Refusal(f"{path} is not a file: pass the path of a .safetensors file")
+        if path.stat().st_size == 0:
+            raise Refusal(f"{path} is empty: copy or download it again")
+        file = safe_open(path, framework="pt")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        stored = [
+            Stored(name, tensor.get_shape(), tensor.get_dtype(), path, file.get_tensor)
+            for name, tensor in slices.items()
+        ]
+        return stored, file.metadata() or {}
+    except OSError as error:
+        raise Refusal(
+            f"{path} cannot be read ({error.strerror or error}): pass a file that can"
+        ) from None
+    except SafetensorError as error:
+        raise Refusal(
+            f"{path} is truncated or no safetensors file ({error}): copy or download it again"
+        ) from None
