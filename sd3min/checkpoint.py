@@ -1,7 +1,7 @@
-"""Files to modules: official single files, separate text encoders, tokenizers and defaults.
+"""Files and folders to modules, with their tokenizers and defaults.
 
-What one file holds is told by `parts`; here several are put together, checked against each other,
-and loaded to a type and a device.
+Which parts a path holds is told by `sources`; here those of several paths are put together, checked
+against each other, and loaded to a type and a device.
 """
 
 import hashlib
@@ -16,16 +16,17 @@ import torch
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 
 from sd3min.autoencoder import Autoencoder
-from sd3min.config import T5_XXL, Defaults, MMDiTConfig, Refusal
+from sd3min.config import T5_XXL, Defaults, MMDiTConfig, Refusal, released_name
 from sd3min.mmdit import MMDiT
-from sd3min.parts import PREFIXES, TITLES, Part, fill
-from sd3min.sources import open_path
+from sd3min.parts import PREFIXES, TITLES, Part, Unfit, fill, unfitness
+from sd3min.sources import is_folder, open_path
 from sd3min.text_encoders import TextEncoders
 
 __all__ = [
     "PREFIXES",
     "TITLES",
     "AnyPath",
+    "AnyPaths",
     "Checkpoint",
     "fill",
     "fingerprint",
@@ -43,6 +44,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = 200_000_000  # parameters up to which float32 is the default
 
 AnyPath = str | Path
+AnyPaths = AnyPath | Sequence[AnyPath]
 
 
 def read_defaults(path: Path, metadata: Mapping[str, str]) -> Defaults:
@@ -83,8 +85,8 @@ class Checkpoint:
     @classmethod
     def open(
         cls,
-        path: AnyPath | Sequence[AnyPath] | None = None,
-        text_encoders: AnyPath | Sequence[AnyPath] | None = None,
+        path: AnyPaths | None = None,
+        text_encoders: AnyPaths | None = None,
         tokenizers: AnyPath | None = None,
     ) -> "Checkpoint":
         """Read the headers of a file or a folder, or of several; of sd3-tiny where none is named.
@@ -103,24 +105,30 @@ class Checkpoint:
                 raise Refusal(f"{place} holds no text encoder: leave it out")
             parts |= encoders
         parts = {name: parts[name] for name in TITLES if name in parts}
-        folder = paths[0] if paths[0].is_dir() else paths[0].parent
+        folder = paths[0] if is_folder(paths[0]) else paths[0].parent
         defaults = read_defaults(paths[0], metadata)
         return cls(paths[0], parts, metadata, defaults, Path(tokenizers or folder))
 
     def require(self, names: Sequence[str]) -> None:
-        """Refuse where a part is missing or damaged."""
+        """Refuse where parts are missing, or damaged: then with the faults of all."""
         missing = [name for name in names if name not in self.parts]
         if missing:
-            titles = ", ".join(TITLES[name] for name in missing)
-            held = ", ".join(TITLES[name] for name in self.parts)
-            separate = all(name in TOKENIZERS for name in missing)
-            mend = (
-                "name the text encoders' own files too" if separate else "pass a file that holds it"
-            )
+            encoders = all(name in TOKENIZERS for name in missing)
+            mend = "name the text encoders' own files too" if encoders else "pass one that holds it"
             without = ", or go without T5" if missing == ["t5"] else ""
-            raise Refusal(f"{self.path} holds {held} and lacks {titles}: {mend}{without}")
-        for name in names:
-            self.parts[name].skeleton()
+            raise Refusal(f"{self.path} {self.described(missing)}: {mend}{without}")
+        if faults := unfitness(self.parts[name] for name in names):
+            raise Unfit(*faults)
+
+    def described(self, missing: Sequence[str]) -> str:
+        """Which model this is, and what is missing."""
+        titles = ", ".join(TITLES[name] for name in missing)
+        if "mmdit" not in self.parts:
+            return f"holds {', '.join(TITLES[name] for name in self.parts)} and lacks {titles}"
+        model = released_name(self.parts["mmdit"].config) or "a Stable Diffusion 3 of its own size"
+        has_encoders = self.parts.keys() & TOKENIZERS
+        lacks = f"lacks {titles}" if has_encoders else f"has no text encoders: it lacks {titles}"
+        return f"is {model} and {lacks}"
 
     def placement(
         self, device: str | torch.device | None, dtype: str | torch.dtype | None
@@ -153,6 +161,14 @@ class Checkpoint:
         models = [self.load(name, dtype, device) for name in names]
         clip_l, clip_g, last = [*models, None][:3]
         return TextEncoders(clip_l, clip_g, last, tokenizers, width, self.defaults.t5_length)
+
+    def fingerprint(self) -> str:
+        """The fingerprint of the file, or of the fingerprints of all."""
+        paths = dict.fromkeys(path for part in self.parts.values() for path in part.paths)
+        prints = [fingerprint(path) for path in paths]
+        return (
+            prints[0] if len(prints) == 1 else hashlib.sha256("".join(prints).encode()).hexdigest()
+        )
 
     def context_width(self) -> int:
         """Width of the context; refused where the encoders fit neither each other nor the MMDiT."""
@@ -192,7 +208,7 @@ class Checkpoint:
         return tokenizer
 
 
-def listed(paths: AnyPath | Sequence[AnyPath] | None) -> list[Path]:
+def listed(paths: AnyPaths | None) -> list[Path]:
     """One path or several as a list."""
     given = [paths] if isinstance(paths, str | Path) else paths or []
     return [Path(path) for path in given]
@@ -230,33 +246,32 @@ def usable_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def load_mmdit(
-    path: AnyPath | None = None,
+    path: AnyPaths | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> MMDiT:
-    """The MMDiT of a file, alone."""
+    """The MMDiT of a file or folder, alone."""
     checkpoint = Checkpoint.open(path)
     return checkpoint.load("mmdit", *checkpoint.placement(device, dtype))
 
 
 def load_autoencoder(
-    path: AnyPath | None = None,
+    path: AnyPaths | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> Autoencoder:
-    """The autoencoder of a file, alone."""
+    """The autoencoder of a file or folder, alone."""
     checkpoint = Checkpoint.open(path)
     return checkpoint.load("autoencoder", *checkpoint.placement(device, dtype))
 
 
 def load_text_encoders(
-    path: AnyPath | Sequence[AnyPath] | None = None,
+    path: AnyPaths | None = None,
     tokenizers: AnyPath | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     t5: bool = True,
 ) -> TextEncoders:
-    """The text encoders of one or several files, alone."""
-    paths = [path] if isinstance(path, str | Path) else list(path or [])
-    checkpoint = Checkpoint.open(paths[0] if paths else None, paths[1:], tokenizers)
+    """The text encoders of a file or folder, or of several, alone."""
+    checkpoint = Checkpoint.open(path, tokenizers=tokenizers)
     return checkpoint.load_text_encoders(*checkpoint.placement(device, dtype), t5)

@@ -18,10 +18,11 @@ from typing import NoReturn
 from PIL import Image, ImageOps
 
 from sd3min import checkpoint, flow, pipeline
-from sd3min.config import PRESETS, Refusal
+from sd3min.config import Refusal, released_name
 from sd3min.parts import TITLES, Part
 from sd3min.settings import check_call
 
+DEFAULT = "default: sd3-tiny"
 MOST_PICTURES = 100  # of one run: their numbers have two digits
 
 
@@ -81,9 +82,10 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompt", type=text, nargs="+", help="what to show; several make several pictures")
     add("--negative", type=text, default="", metavar="TEXT", help="what guidance leads away from")
-    add("--weights", type=Path, metavar="FILE", help="official file (default: sd3-tiny)")
+    weights = "official files or folders, the last that holds a part counting"
+    add("--weights", type=Path, nargs="+", metavar="PATH", help=f"{weights} ({DEFAULT})")
     encoders = "files of encoders that --weights lacks"
-    add("--text-encoders", type=Path, nargs="+", metavar="FILE", help=encoders)
+    add("--text-encoders", type=Path, nargs="+", metavar="PATH", help=encoders)
     tokenizers = "holds tokenizer, tokenizer_2, tokenizer_3 (default: beside the weights)"
     add("--tokenizers", type=Path, metavar="FOLDER", help=tokenizers)
     add("--no-t5", action="store_true", help="leave T5 out: zeros in its place")
@@ -107,7 +109,8 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """The options of `sd3min inspect`."""
     parser.set_defaults(run=run_inspect)
-    parser.add_argument("path", type=Path, nargs="?", help="official file (default: sd3-tiny)")
+    paths = f"official files or folders ({DEFAULT})"
+    parser.add_argument("path", type=Path, nargs="*", help=paths)
 
 
 def targets(out: Path | None, prompt: str, count: int) -> list[Path]:
@@ -180,24 +183,31 @@ def sizes(part: Part) -> str:
     """A part's sizes in words."""
     config = part.config
     if part.name == "mmdit":
-        known = (name for name, preset in PRESETS.items() if preset == config)
-        name = next(known, "of no released size")
+        name = released_name(config) or "of no released size"
         return f"{name}, depth {config.depth}, positions {config.grid}x{config.grid}"
     if part.name == "autoencoder":
         return f"widths {', '.join(map(str, config.widths))}"
     return f"{config.layers} layers, width {config.width}, vocabulary {config.vocabulary}"
 
 
+def types(part: Part) -> str:
+    """How many tensors of a part are stored in which type."""
+    kinds = Counter(t.dtype + (" with a scale" * bool(t.scale)) for t in part.tensors.values())
+    return ", ".join(f"{count} tensors in {kind}" for kind, count in kinds.items())
+
+
 def run_inspect(arguments: argparse.Namespace) -> None:
-    """Print a line for each part, and what is missing for a picture."""
-    opened = checkpoint.Checkpoint.open(arguments.path)
+    """Print a line for each part, where it is, and what is missing for a picture."""
+    opened = checkpoint.Checkpoint.open(arguments.path or None)
+    opened.require(list(opened.parts))
     lines = [str(opened.path)]
     for part in opened.parts.values():
-        part.skeleton()
-        types = Counter(tensor.dtype for tensor in part.tensors.values())
-        stored = ", ".join(f"{count} tensors in {dtype}" for dtype, count in types.items())
         counted = f"{TITLES[part.name]:12} {part.parameters:>13,} parameters"
-        lines.append(f"  {counted}, {stored}: {sizes(part)}")
+        lines.append(f"  {counted}, {types(part)}: {sizes(part)}")
+        if part.paths != [opened.path]:
+            lines += [f"  {'':12} in {os.path.relpath(p, opened.path)}" for p in part.paths]
+        if part.extras:
+            lines.append(f"  {'':12} passed over: {', '.join(sorted(part.extras))}")
     missing = [title for name, title in TITLES.items() if name not in opened.parts]
     print("\n".join([*lines, f"  missing: {', '.join(missing) or 'nothing'}"]))
 

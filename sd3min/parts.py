@@ -4,7 +4,7 @@ A part is built on the meta device, where tensors have shapes and no storage, co
 tensor by tensor, and then given the file's own memory-mapped tensors.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from sd3min.autoencoder import Autoencoder
-from sd3min.config import AutoencoderConfig, CLIPConfig, MMDiTConfig, Refusal, T5Config
+from sd3min.config import (
+    AutoencoderConfig,
+    CLIPConfig,
+    MMDiTConfig,
+    Refusal,
+    T5Config,
+    released_name,
+)
 from sd3min.formats import Recipe
 from sd3min.mmdit import MMDiT, position_table
 from sd3min.stored import AnyStored, Stored
@@ -55,9 +62,17 @@ MODULES: dict[str, Callable[[Any], nn.Module]] = {
     "t5": t5,
 }
 STORED_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-MOST = 3  # faults of a kind that a sentence lists
+MOST = 3  # names that a sentence lists
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class Unfit(Refusal):
+    """Parts that cannot be used, each with what is wrong with it."""
+
+    def __init__(self, *faults: str):
+        self.faults = faults
+        super().__init__(f"{'; '.join(faults)}: copy or download the file again, or pass another")
 
 
 @dataclass(frozen=True)
@@ -95,11 +110,11 @@ class Part:
             config = CONFIGS[self.name].from_shapes(shapes)
             width = shapes["x_embedder.proj.weight"][0] if self.name == "mmdit" else None
         except KeyError as error:
-            raise self.refusal(f"lacks {', '.join(self.known_as(error.args[0]))}") from None
+            raise self.unfit(f"lacks {', '.join(self.known_as(error.args[0]))}") from None
         except (IndexError, ValueError):
-            raise self.refusal("has tensors of impossible shapes") from None
+            raise self.unfit("has tensors of impossible shapes") from None
         if width is not None and width != config.width:
-            raise self.refusal(f"is {width} wide, which is not 64 x its depth of {config.depth}")
+            raise self.unfit(f"is {width} wide, which is not 64 x its depth of {config.depth}")
         return config
 
     def known_as(self, name: str) -> tuple[str, ...]:
@@ -113,44 +128,44 @@ class Part:
             with torch.device("meta"):
                 module = MODULES[self.name](config)
         except (ArithmeticError, RuntimeError, TypeError, ValueError):
-            raise self.refusal(f"has sizes that cannot be: {config}") from None
-        if faults := self.faults({n: list(t.shape) for n, t in module.state_dict().items()}):
-            raise self.refusal(", ".join(faults))
+            raise self.unfit(f"has sizes that cannot be: {config}") from None
+        shapes = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+        if faults := self.faults(shapes):
+            released = released_name(config) if self.name == "mmdit" else ""
+            looks = f"looks like {released}'s and " if released else ""
+            raise self.unfit(looks + ", ".join(faults))
         return module
 
     def faults(self, shapes: Mapping[str, list[int]]) -> list[str]:
-        """What keeps the tensors from being exactly those of these shapes, most of it in words."""
+        """What keeps the tensors from being just those of these shapes, in words."""
         missing = shapes.keys() - {DERIVED.get(self.name)} - self.tensors.keys()
-        wanted = {own: None for name in sorted(missing) for own in self.known_as(name)}
-        lacks = [f"lacks {own}" for own in wanted if own not in self.tensors]
+        wanted = dict.fromkeys(own for name in sorted(missing) for own in self.known_as(name))
+        lacks = [own for own in wanted if own not in self.tensors]
         odd, misshapen, untyped = [], [], []
         for name, tensor in self.tensors.items():
             own = ", ".join(self.known_as(name))
             if name in wanted:
-                misshapen.append(f"has {name} of shape {tensor.shape}, unlike its sisters")
+                misshapen.append(f"{name} of shape {tensor.shape} and not as those beside it")
             elif name not in shapes:
-                odd.append(f"has {name}, which does not belong there")
+                odd.append(name)
             elif tensor.shape != shapes[name]:
-                misshapen.append(f"has {own} of shape {tensor.shape} and not {shapes[name]}")
+                misshapen.append(f"{own} of shape {tensor.shape} and not {shapes[name]}")
             elif tensor.dtype not in STORED_TYPES:
-                untyped.append(
-                    f"has {own} as {tensor.dtype}, which is no plain floating-point type"
-                )
-        return [
-            fault
-            for kind in (lacks, odd, misshapen, untyped)
-            for fault in [
-                *kind[:MOST],
-                *([f"{len(kind) - MOST} more faults of this kind"] * (len(kind) > MOST)),
-            ]
-        ]
+                untyped.append(f"{own} as {tensor.dtype}")
+            elif (scale := tensor.scale) and torch.Size(scale.shape).numel() != 1:
+                misshapen.append(f"{scale.name} of shape {scale.shape} and not of one value")
+        does = "does" if len(odd) == 1 else "do"
+        found = {
+            f"lacks {some(lacks)}": lacks,
+            f"has {some(odd)}, which {does} not belong there": odd,
+            f"has {some(misshapen)}": misshapen,
+            f"has {some(untyped)}, no plain floating-point type": untyped,
+        }
+        return [words for words, faults in found.items() if faults]
 
-    def refusal(self, fault: str) -> Refusal:
-        """The sentence about a part that cannot be used."""
-        title = TITLES[self.name]
-        return Refusal(
-            f"the {title} in {self.path} {fault}: copy or download the file again, or pass another"
-        )
+    def unfit(self, fault: str) -> "Unfit":
+        """What is raised about a part that cannot be used."""
+        return Unfit(f"the {TITLES[self.name]} in {self.path} {fault}")
 
     def read(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """The tensors, mapped from the file where type and device fit, else converted singly."""
@@ -172,6 +187,23 @@ class Part:
             tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
             module.encoder.embed_tokens = module.shared
         return fill(module, tensors)
+
+
+def unfitness(parts: Iterable[Part]) -> list[str]:
+    """What keeps parts from being used, a fault of each; empty where all fit."""
+    faults = []
+    for part in parts:
+        try:
+            part.skeleton()
+        except Unfit as unfit:
+            faults += unfit.faults
+    return faults
+
+
+def some(items: Sequence[str]) -> str:
+    """The first of a list, and how many more there are."""
+    more = f" and {len(items) - MOST} more" if len(items) > MOST else ""
+    return ", ".join(items[:MOST]) + more
 
 
 def kept_type(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -187,17 +187,19 @@ class Pipeline:
 
 
 def load(
-    path: checkpoint.AnyPath | None = None,
-    text_encoders: checkpoint.AnyPath | Sequence[checkpoint.AnyPath] | None = None,
+    path: checkpoint.AnyPaths | None = None,
+    text_encoders: checkpoint.AnyPaths | None = None,
     tokenizers: checkpoint.AnyPath | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     t5: bool = True,
 ) -> Pipeline:
-    """A pipeline from an official single file, or from the shipped sd3-tiny where no path is given.
+    """A pipeline from an official file, a folder of such files or a diffusers folder; from the
+    shipped sd3-tiny where no path is given.
 
-    `text_encoders`: files of encoders that the first file lacks. `tokenizers`: the folder that
-    holds `tokenizer`, `tokenizer_2` and `tokenizer_3`, by default the one of the first file.
+    `path` may be several, of which the last that holds a part counts. `text_encoders`: files of
+    encoders, which come before those at `path`. `tokenizers`: the folder that holds `tokenizer`,
+    `tokenizer_2` and `tokenizer_3`, by default the first path or the folder that it lies in.
     `dtype`: float32, bfloat16 or float16; by default float32 for small files, for others bfloat16
     on a CPU and the stored type on a GPU. `t5=False` goes without T5, with zeros in its place.
     Raises Refusal where a file does not fit, and says which tensors.
@@ -216,6 +218,4 @@ def assemble(
     chosen, place = opened.placement(device, dtype)
     encoders = opened.load_text_encoders(chosen, place, t5)
     mmdit, autoencoder = (opened.load(name, chosen, place) for name in ("mmdit", "autoencoder"))
-    return Pipeline(
-        mmdit, autoencoder, encoders, opened.defaults, checkpoint.fingerprint(opened.path)
-    )
+    return Pipeline(mmdit, autoencoder, encoders, opened.defaults, opened.fingerprint())

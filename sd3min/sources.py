@@ -5,14 +5,15 @@ none, and diffusers has other names for the MMDiT and the autoencoder.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from sd3min.config import CLIP_L, Refusal
 from sd3min.formats import Recipe, numbers, recipes
-from sd3min.parts import DERIVED, PREFIXES, TITLES, Part
+from sd3min.parts import DERIVED, PREFIXES, TITLES, Part, Unfit, some, unfitness
 from sd3min.stored import AnyStored, Joined, Stored, read_header
 
 FOLDERS = {  # of a diffusers checkpoint
@@ -31,6 +32,7 @@ MARKS = {  # how some names begin in each part, and in no other architecture
 }
 DIFFUSERS_MARKS = {"mmdit": "transformer_blocks.", "autoencoder": "decoder.up_blocks."}
 UNUSED = ("position_ids", "logit_scale", "spiece_model", "scaled_fp8", "scale_input")
+FP16 = ".fp16"  # in the names of files of that variant
 SCALE, WEIGHT = ".scale_weight", ".weight"  # scaled fp8: one beside the other
 STRANGERS = {  # what a file is that holds such names
     "lora": "a LoRA",
@@ -103,31 +105,37 @@ def is_folder(path: Path) -> bool:
 
 def grouped(folder: Path) -> list[Source]:
     """The safetensors files of a folder; those in float16 only where the plain ones are missing."""
-    shards = {path: index_files(path) for path in sorted(folder.glob("*.safetensors.index*.json"))}
-    listed = {file for files in shards.values() for file in files}
-    singles = [path for path in sorted(folder.glob("[!.]*.safetensors")) if path not in listed]
-    found = [Source(path, files) for path, files in shards.items()]
-    found += [Source(path, [path]) for path in singles]
-    plain = {stem(source.path) for source in found if ".fp16" not in source.path.name}
-    return [s for s in found if ".fp16" not in s.path.name or stem(s.path) not in plain]
+    groups = [
+        Source(path, shards(path)) for path in sorted(folder.glob("*.safetensors.index*.json"))
+    ]
+    taken = {file for group in groups for file in group.files}
+    files = sorted(set(folder.glob("[!.]*.safetensors")) - taken)
+    if stray := next((file for file in files if re.search(r"-\d+-of-\d+\.", file.name)), None):
+        raise Refusal(f"{stray} is a shard that no index beside it lists: copy the index too")
+    groups = [group for group in groups if group.files] + [Source(file, [file]) for file in files]
+    plain = {stem(group.path) for group in groups if FP16 not in group.path.name}
+    return [g for g in groups if FP16 not in g.path.name or stem(g.path) not in plain]
 
 
 def stem(path: Path) -> str:
-    """What the plain files and their variant in float16 have in common."""
-    return path.name.partition(".")[0]
+    """What the names of plain files and of their variant in float16 begin with."""
+    return re.split(r"\.fp16|\.safetensors", path.name)[0]
 
 
-def index_files(path: Path) -> list[Path]:
-    """The shards that an index lists, each of which is there."""
+def shards(index: Path) -> list[Path]:
+    """The files that an index lists; none if no single one is there, as where only the variant in
+    float16 was downloaded.
+    """
     try:
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        if not names or any(name != Path(name).name for name in names):
-            raise ValueError("names of files elsewhere")
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if any(name != Path(name).name for name in names):
+            raise ValueError("files of another folder")
     except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError):
-        raise Refusal(f"{path} is no index of shards: copy or download it again") from None
-    if missing := [name for name in names if not (path.parent / name).exists()]:
-        raise Refusal(f"{path} lists {', '.join(missing)}, not there: copy or download it too")
-    return [path.parent / name for name in names]
+        raise Refusal(f"{index} is no index of shards: copy or download it again") from None
+    missing = [name for name in names if not (index.parent / name).exists()]
+    if 0 < len(missing) < len(names):
+        raise Refusal(f"{index} lists {', '.join(missing)}, missing there: copy or download it too")
+    return [index.parent / name for name in names if not missing]
 
 
 def open_source(source: Source) -> Found:
@@ -135,36 +143,49 @@ def open_source(source: Source) -> Found:
     stored, metadata = {}, {}
     for file in source.files:
         tensors, said = read_header(file)
+        if twice := stored.keys() & {tensor.name for tensor in tensors}:
+            raise Refusal(f"two shards of {source.path} hold {min(twice)}: download them again")
         stored |= {tensor.name: tensor for tensor in tensors}
         metadata |= said
     if not stored:
         raise Refusal(f"{source.path} holds no tensors: pass an official Stable Diffusion 3 file")
-    extras = {name: t for name, t in stored.items() if name.endswith(UNUSED)}
-    found: dict[str, dict[str, Stored]] = {}
-    for name, tensor in scaled({n: t for n, t in stored.items() if n not in extras}).items():
-        part = next((p for p, start in PREFIXES.items() if name.startswith(start)), "")
-        found.setdefault(part, {})[name.removeprefix(PREFIXES.get(part, ""))] = tensor
+    extras = {name: t for name, t in stored.items() if name.rpartition(".")[2] in UNUSED}
+    found = by_part(scaled({n: t for n, t in stored.items() if n not in extras}))
     if "" in found and (part := source.part or bare_part(found[""])) not in found:
         found[part] = found.pop("")
-    for part, tensors in found.items():
-        marks = (MARKS.get(part), DIFFUSERS_MARKS.get(part))
-        if not any(name.startswith(mark) for mark in marks if mark for name in tensors):
-            raise stranger(source.path, next(iter(tensors.values())).name)
-    parts = {name: make_part(name, source.path, found[name]) for name in TITLES if name in found}
-    for name, tensor in extras.items():
-        place = next((p for p, start in PREFIXES.items() if name.startswith(start)), "")
+    known = {name for name, tensors in found.items() if name and is_part(name, tensors)}
+    parts = {name: make_part(name, source.path, found[name]) for name in TITLES if name in known}
+    if strange := [t.name for name in found if name not in known for t in found[name].values()]:
+        raise unknown(source.path, strange, parts)
+    for place, tensors in by_part(extras).items():
         if owner := parts.get(place) or (next(iter(parts.values())) if len(parts) == 1 else None):
-            owner.extras[name.removeprefix(PREFIXES.get(place, ""))] = tensor
+            owner.extras.update(tensors)
     return Found(parts, metadata)
 
 
-def stranger(path: Path, name: str) -> Refusal:
-    """The sentence about a file of something else."""
-    looks = next((f"{kind}, as it " for mark, kind in STRANGERS.items() if mark in name), "")
-    return Refusal(
-        f"{path} {looks and 'looks like '}{looks}holds {name}, which is in no official Stable "
-        "Diffusion 3 file: pass one of those"
-    )
+def by_part(stored: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
+    """Tensors by the part that their prefix tells, "" where there is none; without it."""
+    found: dict[str, dict[str, Stored]] = {}
+    for name, tensor in stored.items():
+        part = next((p for p, start in PREFIXES.items() if name.startswith(start)), "")
+        found.setdefault(part, {})[name.removeprefix(PREFIXES.get(part, ""))] = tensor
+    return found
+
+
+def is_part(part: str, names: Iterable[str]) -> bool:
+    """Whether these are names of the part, official or diffusers'."""
+    marks = tuple(table[part] for table in (MARKS, DIFFUSERS_MARKS) if part in table)
+    return any(name.startswith(marks) for name in names)
+
+
+def unknown(path: Path, names: list[str], parts: Mapping[str, Part]) -> Refusal:
+    """The refusal of a file with tensors of nothing known, and what else is wrong with it."""
+    kinds = (kind for mark, kind in STRANGERS.items() if any(mark in name for name in names))
+    looks = f"looks like {kind} and " if not parts and (kind := next(kinds, "")) else ""
+    which = "which is" if len(names) == 1 else "which are"
+    fault = f"{path} {looks}holds {some(names)}, {which} in no official Stable Diffusion 3 file"
+    faults = unfitness(parts.values())
+    return Unfit(fault, *faults) if parts else Refusal(f"{fault}: pass one of those")
 
 
 def scaled(stored: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -194,31 +215,27 @@ def bare_part(tensors: Mapping[str, Stored]) -> str:
 
 def make_part(name: str, path: Path, stored: dict[str, Stored]) -> Part:
     """A part of stored tensors, under official names."""
-    tensors: dict[str, AnyStored] = dict(stored)
-    known: Mapping[str, Recipe] = {}
-    mark = DIFFUSERS_MARKS.get(name)
-    if mark and any(own.startswith(mark) for own in stored):
+    tensors, known = dict[str, AnyStored](stored), {}
+    if name in DIFFUSERS_MARKS and any(own.startswith(DIFFUSERS_MARKS[name]) for own in stored):
         tensors, known = renamed(stored)
     extras = {}
-    if name == "clip_l" and DERIVED[name] in stored:
-        tensors.pop(DERIVED[name])
-        extras[DERIVED[name]] = stored[DERIVED[name]]
-    if name == "t5" and (embedding := tensors.pop(DERIVED[name], None)):
-        if "shared.weight" in stored:
-            extras[DERIVED[name]] = stored[DERIVED[name]]
-        tensors.setdefault("shared.weight", embedding)
+    if name in ("clip_l", "t5") and (derived := DERIVED[name]) in stored:
+        extras[derived] = stored[derived]
+        del tensors[derived]
+    if name == "t5" and "shared.weight" not in tensors and extras:
+        tensors["shared.weight"] = extras.pop(DERIVED[name])
     return Part(name, path, tensors, extras, known)
 
 
 def renamed(stored: dict[str, Stored]) -> tuple[dict[str, AnyStored], dict[str, Recipe]]:
     """diffusers' tensors under official names, with the table; those that do not fit it as is."""
     known = recipes(numbers({name: tensor.shape for name, tensor in stored.items()}))
-    left, made = dict(stored), {}
+    left, made = dict[str, AnyStored](stored), dict[str, AnyStored]()
     for official, recipe in known.items():
         pieces = [stored[name] for name in recipe.names if name in stored]
         shapes = {tuple(piece.shape) for piece in pieces}
-        if len(pieces) == len(recipe.names) and len(shapes) == 1:
+        if len(pieces) == len(recipe.names) and len(shapes) == 1 and shapes != {()}:
             made[official] = Joined.of(official, pieces, recipe.make)
-            for piece in pieces:
-                del left[piece.name]
-    return made | left, known
+            for name in recipe.names:
+                del left[name]
+    return left | made, known

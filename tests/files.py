@@ -10,15 +10,25 @@ from pathlib import Path
 SHARED = Path(__file__).parents[2] / "shared"
 MANIFESTS = SHARED / "official_manifests.json.gz"
 TOKENIZERS = SHARED / "tokenizers"
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1}
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
 
 
-def sparse(path: Path, shapes: Mapping[str, Sequence[int]], dtype: str = "F16") -> Path:
-    """Write a file of zeros: a header, and a hole of the tensors' length."""
+def sparse(
+    path: Path,
+    shapes: Mapping[str, Sequence[int]],
+    dtype: str = "F16",
+    others: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a file of zeros: a header, and a hole of the tensors' length.
+
+    `others`: the types of tensors whose names begin so.
+    """
     header, end = {}, 0
     for name, shape in shapes.items():
-        start, end = end, end + BYTES[dtype] * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        given = (kind for start, kind in (others or {}).items() if name.startswith(start))
+        kind = next(given, dtype)
+        start, end = end, end + BYTES[kind] * math.prod(shape)
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
     return write_header(path, json.dumps(header).encode(), end)
 
 

@@ -116,7 +116,7 @@ def options(text):
         ("--out out.jpg", "out.jpg is not the name of a PNG: end it with .png"),
         ("--out " + "x" * 300 + ".png", "cannot be written"),
         ("--weights none.safetensors", "none.safetensors does not exist: pass"),
-        ("--weights folder.png", "folder.png is not a file: pass"),
+        ("--weights folder.png", "folder.png holds no .safetensors files: pass"),
         ("--weights text.safetensors", "text.safetensors is truncated or no safetensors file"),
         ("--weights truncated.safetensors", "truncated.safetensors is truncated"),
         ("--weights flux.safetensors", "double_blocks.0.img_attn.qkv.weight, which is in no"),
@@ -147,7 +147,6 @@ def test_a_misused_option_is_refused_in_one_sentence_before_any_work(given, said
         ([*GOOD, "--out", ""], "is not the name of a PNG"),
         (["inspect", "none"], "none does not exist: pass"),
         (["inspect", "text.safetensors"], "no safetensors file"),
-        (["inspect", "small.safetensors", "t5.safetensors"], "unrecognized arguments"),
     ],
 )
 def test_a_misused_command_is_refused_in_one_sentence(arguments, said, here, capsys):
@@ -291,13 +290,9 @@ def test_inspect_says_what_a_file_holds_and_what_is_missing(here, capsys):
     assert cli.main(["inspect", "small.safetensors"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "small.safetensors" and lines[-1] == "  missing: nothing"
-    assert [line.split()[0] for line in lines[1:-1]] == [
-        "MMDiT",
-        "autoencoder",
-        "CLIP-L",
-        "CLIP-G",
-        "T5",
-    ]
+    titles = [line.split()[0] for line in lines[1:-1] if not line.startswith("   ")]
+    assert titles == ["MMDiT", "autoencoder", "CLIP-L", "CLIP-G", "T5"]
+    assert lines[-2].strip() == "passed over: encoder.embed_tokens.weight"
     assert "of no released size, depth 2, positions 12x12" in lines[1]
     assert "in F32: 3 layers, width 64, vocabulary 590" in lines[3]
     assert cli.main(["inspect", "t5.safetensors"]) == 0
