@@ -138,22 +138,28 @@ class Part:
 
     def faults(self, shapes: Mapping[str, list[int]]) -> list[str]:
         """What keeps the tensors from being just those of these shapes, in words."""
-        missing = shapes.keys() - {DERIVED.get(self.name)} - self.tensors.keys()
-        wanted = dict.fromkeys(own for name in sorted(missing) for own in self.known_as(name))
-        lacks = [own for own in wanted if own not in self.tensors]
-        odd, misshapen, untyped = [], [], []
-        for name, tensor in self.tensors.items():
-            own = ", ".join(self.known_as(name))
-            if name in wanted:
-                misshapen.append(f"{name} of shape {tensor.shape} and not as those beside it")
-            elif name not in shapes:
-                odd.append(name)
-            elif tensor.shape != shapes[name]:
-                misshapen.append(f"{own} of shape {tensor.shape} and not {shapes[name]}")
-            elif tensor.dtype not in STORED_TYPES:
-                untyped.append(f"{own} as {tensor.dtype}")
-            elif (scale := tensor.scale) and torch.Size(scale.shape).numel() != 1:
-                misshapen.append(f"{scale.name} of shape {scale.shape} and not of one value")
+        missing = sorted(shapes.keys() - {DERIVED.get(self.name)} - self.tensors.keys())
+        named = [self.known_as(name) for name in missing]
+        pieces = [own for names in named for own in names]
+        lacks = [own for own in pieces if own not in self.tensors]
+        odd = [name for name in self.tensors if name not in shapes and name not in pieces]
+        known = {name: tensor for name, tensor in self.tensors.items() if name in shapes}
+        untyped = [f"{n} as {t.dtype}" for n, t in known.items() if t.dtype not in STORED_TYPES]
+        misshapen = [
+            f"{', '.join(self.known_as(name))} of shape {tensor.shape} and not {shapes[name]}"
+            for name, tensor in known.items()
+            if tensor.shape != shapes[name]
+        ]
+        misshapen += [
+            f"{', '.join(names)} of shapes that do not fit together"
+            for names in named
+            if not set(names) & set(lacks)
+        ]
+        misshapen += [
+            f"{scale.name} of shape {scale.shape} and not of one value"
+            for tensor in known.values()
+            if (scale := tensor.scale) and torch.Size(scale.shape).numel() != 1
+        ]
         does = "does" if len(odd) == 1 else "do"
         found = {
             f"lacks {some(lacks)}": lacks,
