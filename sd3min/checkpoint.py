@@ -111,14 +111,18 @@ class Checkpoint:
 
     def require(self, names: Sequence[str]) -> None:
         """Refuse where parts are missing, or damaged: then with the faults of all."""
+        self.require_presence(names)
+        if faults := unfitness(self.parts[name] for name in names):
+            raise Unfit(*faults)
+
+    def require_presence(self, names: Sequence[str]) -> None:
+        """Refuse where parts are missing."""
         missing = [name for name in names if name not in self.parts]
         if missing:
             encoders = all(name in TOKENIZERS for name in missing)
             mend = "name the text encoders' own files too" if encoders else "pass one that holds it"
             without = ", or go without T5" if missing == ["t5"] else ""
             raise Refusal(f"{self.path} {self.described(missing)}: {mend}{without}")
-        if faults := unfitness(self.parts[name] for name in names):
-            raise Unfit(*faults)
 
     def described(self, missing: Sequence[str]) -> str:
         """Which model this is, and what is missing."""
@@ -147,7 +151,7 @@ class Checkpoint:
 
     def load(self, name: str, dtype: torch.dtype, device: torch.device) -> Any:
         """One part as a module."""
-        self.require([name])
+        self.require_presence([name])
         return self.parts[name].load(dtype, device)
 
     def load_text_encoders(
