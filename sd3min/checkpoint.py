@@ -119,20 +119,20 @@ class Checkpoint:
         """Refuse where parts are missing."""
         missing = [name for name in names if name not in self.parts]
         if missing:
+            titles = ", ".join(TITLES[name] for name in missing)
             encoders = all(name in TOKENIZERS for name in missing)
-            mend = "name the text encoders' own files too" if encoders else "pass one that holds it"
+            mend = f"name the files of {titles} too" if encoders else "pass one that holds it"
             without = ", or go without T5" if missing == ["t5"] else ""
-            raise Refusal(f"{self.path} {self.described(missing)}: {mend}{without}")
+            bare = encoders and not self.parts.keys() & TOKENIZERS
+            lacks = "without text encoders" if bare else f"and lacks {titles}"
+            raise Refusal(f"{self.path} {self.described()} {lacks}: {mend}{without}")
 
-    def described(self, missing: Sequence[str]) -> str:
-        """Which model this is, and what is missing."""
-        titles = ", ".join(TITLES[name] for name in missing)
+    def described(self) -> str:
+        """Which model this is, or which parts of one."""
         if "mmdit" not in self.parts:
-            return f"holds {', '.join(TITLES[name] for name in self.parts)} and lacks {titles}"
-        model = released_name(self.parts["mmdit"].config) or "a Stable Diffusion 3 of its own size"
-        has_encoders = self.parts.keys() & TOKENIZERS
-        lacks = f"lacks {titles}" if has_encoders else f"has no text encoders: it lacks {titles}"
-        return f"is {model} and {lacks}"
+            return f"holds {', '.join(TITLES[name] for name in self.parts)}"
+        name = released_name(self.parts["mmdit"].config)
+        return f"is {name or 'a Stable Diffusion 3 of no released size'}"
 
     def placement(
         self, device: str | torch.device | None, dtype: str | torch.dtype | None

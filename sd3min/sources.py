@@ -79,14 +79,10 @@ def open_path(path: Path) -> Found:
 def sources(path: Path) -> list[Source]:
     """The files at a path, grouped: of a diffusers folder, of a folder of files, or one file."""
     if not is_folder(path):
-        return [Source(path, [path])]
-    named = [path / name for name in FOLDERS if (path / name).is_dir()]
+        return [Source(path, [path], FOLDERS.get(path.parent.name, ""))]
+    named = [path / name for name in FOLDERS if is_folder(path / name)]
     folders = named or [path, path / "text_encoders"]
-    found = [
-        Source(source.path, source.files, FOLDERS[folder.name] if named else "")
-        for folder in folders
-        for source in grouped(folder)
-    ]
+    found = [source for folder in folders for source in grouped(folder)]
     if not found:
         raise Refusal(
             f"{path} holds no .safetensors files: pass an official file, a folder of such files or "
@@ -105,14 +101,15 @@ def is_folder(path: Path) -> bool:
 
 def grouped(folder: Path) -> list[Source]:
     """The safetensors files of a folder; those in float16 only where the plain ones are missing."""
-    groups = [
-        Source(path, shards(path)) for path in sorted(folder.glob("*.safetensors.index*.json"))
-    ]
+    part = FOLDERS.get(folder.name, "")
+    indices = sorted(folder.glob("*.safetensors.index*.json"))
+    groups = [Source(index, shards(index), part) for index in indices]
     taken = {file for group in groups for file in group.files}
     files = sorted(set(folder.glob("[!.]*.safetensors")) - taken)
     if stray := next((file for file in files if re.search(r"-\d+-of-\d+\.", file.name)), None):
         raise Refusal(f"{stray} is a shard that no index beside it lists: copy the index too")
-    groups = [group for group in groups if group.files] + [Source(file, [file]) for file in files]
+    groups = [group for group in groups if group.files]
+    groups += [Source(file, [file], part) for file in files]
     plain = {stem(group.path) for group in groups if FP16 not in group.path.name}
     return [g for g in groups if FP16 not in g.path.name or stem(g.path) not in plain]
 
@@ -130,9 +127,9 @@ def shards(index: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if any(name != Path(name).name for name in names):
             raise ValueError("files of another folder")
+        missing = [name for name in names if not (index.parent / name).exists()]
     except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError):
         raise Refusal(f"{index} is no index of shards: copy or download it again") from None
-    missing = [name for name in names if not (index.parent / name).exists()]
     if 0 < len(missing) < len(names):
         raise Refusal(f"{index} lists {', '.join(missing)}, missing there: copy or download it too")
     return [index.parent / name for name in names if not missing]

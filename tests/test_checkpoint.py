@@ -495,7 +495,10 @@ def test_a_file_that_lacks_a_part_is_refused(whole, bare, tmp_path):
     refused(lambda: Checkpoint.open(path).require(["autoencoder"]), "lacks autoencoder: pass")
     refused(lambda: Checkpoint.open(path).require(["t5"]), "lacks T5: name", "go without T5")
     encoders = ["clip_l", "clip_g"]
-    refused(lambda: Checkpoint.open(path).require(encoders), "lacks CLIP-L, CLIP-G: name")
+    refused(
+        lambda: Checkpoint.open(path).require(encoders),
+        "without text encoders: name the files of CLIP-L",
+    )
     refused(lambda: Checkpoint.open(whole, path), "holds no text encoder: leave it out")
 
 

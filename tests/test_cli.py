@@ -121,8 +121,11 @@ def options(text):
         ("--weights truncated.safetensors", "truncated.safetensors is truncated"),
         ("--weights flux.safetensors", "double_blocks.0.img_attn.qkv.weight, which is in no"),
         ("--weights t5.safetensors", "t5.safetensors holds T5 and lacks MMDiT: pass"),
-        ("--weights model.safetensors", "lacks CLIP-L, CLIP-G, T5: name"),
-        ("--weights model.safetensors --no-t5", "lacks CLIP-L, CLIP-G: name"),
+        (
+            "--weights model.safetensors",
+            "without text encoders: name the files of CLIP-L, CLIP-G, T5",
+        ),
+        ("--weights model.safetensors --no-t5", "without text encoders: name the files of CLIP-L"),
         ("--text-encoders none", "none does not exist: pass"),
         ("--text-encoders model.safetensors", "model.safetensors holds no text encoder"),
         ("--tokenizers none", "none/tokenizer is not CLIP-L's tokenizer"),

@@ -187,6 +187,11 @@ def test_a_folder_with_some_of_the_parts_loads_those(saved, pipe, tmp_path):
         refused(lambda place=place: sd3min.load(place), str(place), "lacks")
 
 
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder/model.safetensors"])
+def test_a_text_encoder_is_told_by_its_folder(name, saved):
+    assert list(Checkpoint.open(saved["plain"] / name).parts) == ["clip_l"]
+
+
 def test_a_file_of_diffusers_alone_loads_too(saved, pipe):
     path = saved["plain"] / "vae" / "diffusion_pytorch_model.safetensors"
     loaded = checkpoint.load_autoencoder(path).state_dict()
@@ -250,6 +255,7 @@ def test_another_model_in_a_diffusers_folder_is_refused(saved, tmp_path):
         '{"weight_map": {"a": 3}}',
         '{"weight_map": {"a": "../model.safetensors"}}',
         '{"weight_map": {"a": "/etc/passwd"}}',
+        json.dumps({"weight_map": {"a": "x" * 5000}}),
         "[" * 100_000,
         "\udcff",
     ],
@@ -307,7 +313,7 @@ def test_a_diffusers_folder_of_full_size_is_recognised_by_its_shapes(tmp_path, c
         for n, s in listed.items()
         if n.startswith(PREFIXES["mmdit"])
     }
-    refused(lambda: sd3min.load(tmp_path), "is SD3.5-large and has no text encoders")
+    refused(lambda: sd3min.load(tmp_path), "is SD3.5-large without text encoders")
     assert cli.main(["inspect", str(tmp_path)]) == 0
     output = capsys.readouterr().out
     assert "SD3.5-large, depth 38" in output and "missing: CLIP-L, CLIP-G, T5" in output

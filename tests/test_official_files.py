@@ -91,8 +91,8 @@ def test_t5_in_fp8_is_read_one_tensor_at_a_time(tmp_path):
 def test_what_an_official_file_lacks_is_told_with_the_name_of_its_model(tmp_path):
     for name, model in ((SD3, "SD3-medium"), (LARGE, "SD3.5-large")):
         path = files.sparse(tmp_path / name, files.manifests()[name])
-        encoders = ("has no text encoders: it lacks CLIP-L, CLIP-G, T5", "name the text encoders")
-        refused(lambda path=path: sd3min.load(path), f"{path} is {model} and", *encoders)
+        said = f"{path} is {model} without text encoders: name the files of CLIP-L, CLIP-G, T5 too"
+        refused(lambda path=path: sd3min.load(path), said)
     clips = files.manifests()["sd3_medium_incl_clips.safetensors"]
     path = files.sparse(tmp_path / "clips", clips)
     refused(lambda: sd3min.load(path), "is SD3-medium and lacks T5", "go without T5")

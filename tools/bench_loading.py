@@ -169,7 +169,7 @@ def measure(side: str, part: str, path: Path, dtype: str) -> dict[str, float]:
 
     def watch(pid: int) -> None:
         nonlocal peak
-        while not loaded.wait(0.001):
+        while not loaded.wait(0.005):
             peak = max(peak, private_bytes(pid))
 
     with subprocess.Popen(
