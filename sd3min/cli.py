@@ -1,4 +1,5 @@
-"""The commands: `sd3min generate` makes pictures, `sd3min inspect` says what a file holds.
+"""The commands: `sd3min generate` makes pictures, `sd3min inspect` says what a file holds, `sd3min
+convert` writes it in the other layout.
 
 A call that cannot be carried out ends before any work, with exit code 2 and one sentence.
 """
@@ -19,6 +20,7 @@ from PIL import Image, ImageOps
 
 from sd3min import checkpoint, flow, pipeline
 from sd3min.config import Refusal, released_name
+from sd3min.convert import convert
 from sd3min.parts import TITLES, Part
 from sd3min.settings import check_call
 
@@ -67,12 +69,22 @@ def size(value: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def length(value: str) -> int:
+    """Bytes from "5GB"."""
+    found = re.fullmatch(r"(\d{1,9})([KMG])B", value.upper())
+    if not found or int(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a length such as 5GB or 500MB")
+    return int(found[1]) * {"K": 1_000, "M": 1_000_000, "G": 1_000_000_000}[found[2]]
+
+
 def make_parser() -> argparse.ArgumentParser:
-    """Both commands and their options."""
+    """The commands and their options."""
     parser = Parser(prog="sd3min", description="Stable Diffusion 3, small enough to read.")
     commands = parser.add_subparsers(metavar="command", parser_class=Parser)
     add_generate(commands.add_parser("generate", help="make pictures of prompts"))
     add_inspect(commands.add_parser("inspect", help="say what a file holds"))
+    layouts = "official single file to diffusers folder, or back"
+    add_convert(commands.add_parser("convert", help=layouts))
     return parser
 
 
@@ -111,6 +123,21 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_inspect)
     paths = f"official files or folders ({DEFAULT})"
     parser.add_argument("path", type=Path, nargs="*", help=paths)
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    """The options of `sd3min convert`."""
+    parser.set_defaults(run=run_convert)
+    add = parser.add_argument
+    add("source", type=Path, help="official file or diffusers folder")
+    target = "official file to write if it ends in .safetensors, else diffusers folder"
+    add("target", type=Path, help=target)
+    encoders = "files of encoders to put in too"
+    add("--text-encoders", type=Path, nargs="+", metavar="FILE", help=encoders)
+    tokenizers = "holds tokenizer, tokenizer_2, tokenizer_3 (default: beside the source)"
+    add("--tokenizers", type=Path, metavar="FOLDER", help=tokenizers)
+    size = "split a part that is longer (default: 10GB, text encoders 5GB)"
+    add("--shard-size", type=length, metavar="LENGTH", help=size)
 
 
 def targets(out: Path | None, prompt: str, count: int) -> list[Path]:
@@ -212,6 +239,20 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     print("\n".join([*lines, f"  missing: {', '.join(missing) or 'nothing'}"]))
 
 
+def run_convert(arguments: argparse.Namespace) -> None:
+    """Write the other layout and say where."""
+    print(
+        convert(
+            arguments.source,
+            arguments.target,
+            arguments.text_encoders,
+            arguments.tokenizers,
+            arguments.shard_size,
+            progress=sys.stderr.isatty(),
+        )
+    )
+
+
 def say(message: object, *_: object) -> None:
     """Print a refusal or a warning as one line."""
     print("sd3min:", *str(message).split(), file=sys.stderr)
@@ -221,7 +262,7 @@ def run(arguments: Sequence[str] | None) -> None:
     """Run a command."""
     parsed = make_parser().parse_args(arguments)
     if "run" not in parsed:
-        raise Refusal("no command was given: pass generate or inspect (see sd3min --help)")
+        raise Refusal("no command was given: see sd3min --help")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of a file name that it cannot show
     parsed.run(parsed)

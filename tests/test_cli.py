@@ -140,7 +140,7 @@ def test_a_misused_option_is_refused_in_one_sentence_before_any_work(given, said
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "no command was given: pass generate or inspect (see sd3min --help)"),
+        ([], "no command was given: see sd3min --help"),
         (["paint"], "invalid choice: 'paint'"),
         (["generate"], "the following arguments are required: prompt"),
         (["generate", *GOOD[2:]], "the following arguments are required: prompt"),
