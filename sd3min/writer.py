@@ -9,7 +9,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,7 +149,6 @@ def new(target: Path, needed: int = 0) -> Iterator[Path]:
         reason = error.strerror or error
         raise Refusal(f"{target} cannot be written ({reason}): pass another place") from None
     finally:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+        with suppress(OSError):  # it is a folder, or not there
+            part.unlink()
