@@ -7,7 +7,6 @@ metadata is the official file's and says which names that had, and its tensors a
 
 import json
 import shutil
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sd3min.checkpoint import AnyPath, Checkpoint
+from sd3min.checkpoint import AnyPath, AnyPaths, Checkpoint
 from sd3min.config import MMDiTConfig, Refusal
 from sd3min.folder import COMPONENTS, component_config, model_index, scheduler_config
 from sd3min.formats import SUFFIXES, Row, rows
@@ -34,9 +33,9 @@ Tensors = dict[str, Lazy]
 
 
 def convert(
-    source: AnyPath,
+    source: AnyPaths,
     target: AnyPath,
-    text_encoders: AnyPath | Sequence[AnyPath] | None = None,
+    text_encoders: AnyPaths | None = None,
     tokenizers: AnyPath | None = None,
     shard_size: int | None = None,
     progress: bool = True,
