@@ -1,0 +1,149 @@
+"""Models by their name on the Hugging Face hub: only the files that are needed, told by the
+repository's own list of files.
+
+`owner/name` is a repository, `owner/name:file.safetensors` one file of it. What was downloaded once
+is used where the hub cannot be reached.
+"""
+
+import errno
+import glob
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from sd3min.config import Refusal
+from sd3min.folder import COMPONENTS
+
+NAME = r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*"
+TOKENIZERS = "stabilityai/stable-diffusion-3-medium-diffusers"  # for repositories without any
+WEIGHTS = r"\w+(\.fp16)?(-\d+-of-\d+)?\.safetensors(\.index(\.fp16)?\.json)?"
+ENCODERS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl"}  # how their own files begin
+
+
+class Fetched(NamedTuple):
+    """Files on this machine: what to open, and the folder that the tokenizers are in."""
+
+    paths: list[Path]
+    tokenizers: Path
+
+
+def is_name(text: str) -> bool:
+    """Whether a text has the form of a name on the hub, and not that of a file."""
+    name, colon, file = text.partition(":")
+    is_file = name.endswith((".safetensors", ".ckpt", ".json", ".png")) or (colon and not file)
+    return bool(re.fullmatch(NAME, name)) and not is_file
+
+
+def fetch(text: str, parts: Sequence[str], tokenizers: bool = True) -> Fetched:
+    """Download what a name on the hub holds of the parts, and their tokenizers if they are asked for.
+
+    Raises Refusal, in a sentence that says what to do, where the hub or the disk does not help.
+    """
+    name, _, file = text.partition(":")
+    files = listing(name)
+    if file and file not in files:
+        held = ", ".join(f for f in files if f.endswith(".safetensors")) or "no .safetensors files"
+        raise Refusal(f"{name} has no {file}: it has {held}")
+    weights = [file] if file else needed(name, files, parts)
+    folders = [kind[0] for part in parts if tokenizers and (kind := COMPONENTS[part].tokenizer)]
+    words = [f for f in files if f.split("/")[0] in folders]
+    place = download(name, weights + words)
+    if folders and not words:
+        others = listing(TOKENIZERS)
+        words = [f for f in others if f.split("/")[0] in folders]
+        return Fetched(opened(place, weights), download(TOKENIZERS, words))
+    return Fetched(opened(place, weights), place)
+
+
+def needed(name: str, files: Sequence[str], parts: Sequence[str]) -> list[str]:
+    """The files that hold the parts, each once: of a diffusers folder where the repository has one,
+    in float16 where it has that variant; else the official file and those of the text encoders.
+    """
+    if any(re.fullmatch(f"transformer/{WEIGHTS}", file) for file in files):
+        return [file for part in parts for file in component(files, COMPONENTS[part].folder)]
+    encoders = {part: encoder_file(files, part) for part in parts if part in ENCODERS}
+    separate = [file for file in encoders.values() if file]
+    if len(separate) == len(parts):
+        return separate
+    tops = sorted((file for file in files if re.fullmatch(r"[^/]+\.safetensors", file)), key=len)
+    if not tops or not all(top.startswith(Path(tops[0]).stem) for top in tops):
+        held = ", ".join(tops) or "no .safetensors files"
+        mend = f"name one as {name}:FILE" if tops else "pass the name of a Stable Diffusion 3"
+        raise Refusal(f"{name} holds {held}, of which none is known to be meant: {mend}")
+    return [tops[0], *separate]
+
+
+def component(files: Sequence[str], folder: str) -> list[str]:
+    """The weights in a folder, in float16 or as they are, and not both."""
+    held = [file for file in files if re.fullmatch(f"{folder}/{WEIGHTS}", file)]
+    return [file for file in held if ".fp16" in file] or held
+
+
+def encoder_file(files: Sequence[str], part: str) -> str:
+    """The file of a text encoder, with all its bits where there are several; "" without any."""
+    start = f"text_encoders/{ENCODERS[part]}"
+    held = [file for file in files if file.startswith(start) and file.endswith(".safetensors")]
+    return min(held, key=lambda file: ("fp8" in file, file), default="")
+
+
+def opened(place: Path, weights: Sequence[str]) -> list[Path]:
+    """What to open: the folder of diffusers' folders, or each official file."""
+    folders = [component.folder for component in COMPONENTS.values()]
+    if all(file.split("/")[0] in folders for file in weights):
+        return [place]
+    return [place / file for file in weights]
+
+
+def listing(name: str) -> list[str]:
+    """The files of a repository; where the hub cannot be reached, those that are here."""
+    import huggingface_hub  # slow to import, and only for names on the hub
+
+    try:
+        return huggingface_hub.HfApi().list_repo_files(name)
+    except Exception as error:  # whatever the network does
+        try:
+            options = {"local_files_only": True, "allow_patterns": []}
+            place = Path(huggingface_hub.snapshot_download(name, **options))
+        except Exception:
+            raise explained(name, error) from None
+    return [str(file.relative_to(place)) for file in place.rglob("*") if file.is_file()]
+
+
+def download(name: str, files: Sequence[str]) -> Path:
+    """The folder on this machine that holds files of a repository."""
+    import huggingface_hub
+
+    try:
+        patterns = [glob.escape(file) for file in files]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # whatever the network and the disk do
+        raise explained(name, error) from None
+
+
+def explained(name: str, error: BaseException) -> Refusal:
+    """What went wrong, and what to do about it."""
+    from huggingface_hub import constants, errors, get_token
+
+    page, seen = f"{constants.ENDPOINT}/{name}", error
+    while seen.__cause__ is not None and not isinstance(seen, errors.HfHubHTTPError):
+        seen = seen.__cause__
+    if isinstance(seen, errors.GatedRepoError):
+        steps = "run `hf auth login`" if get_token() is None else "wait until it is granted"
+        return Refusal(f"{name} is behind a licence: accept it on {page}, then {steps}")
+    if isinstance(seen, errors.RepositoryNotFoundError):
+        login = ", or run `hf auth login` if it is private" if get_token() is None else ""
+        return Refusal(f"{name} is no path here and no model on the hub: check the name{login}")
+    if isinstance(seen, errors.HfHubHTTPError):
+        status = seen.response.status_code
+        mend = "run `hf auth login` again" if status == 401 else "try again later"
+        return Refusal(f"the hub answered {status} for {name}: {mend}")
+    if constants.HF_HUB_OFFLINE:
+        said = f"{name} is no path here and was not downloaded before"
+        return Refusal(f"{said}, and HF_HUB_OFFLINE is set: unset it, or pass the path of weights")
+    if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+        mend = "make room, or set HF_HOME to a folder elsewhere"
+        return Refusal(f"{name} cannot be stored ({seen.strerror}): {mend}")
+    reason = " ".join(str(seen).split())[:200] or type(seen).__name__
+    said = f"{name} is no path here, and the hub cannot be reached ({reason})"
+    return Refusal(f"{said}: check the connection, or pass the path of weights")
