@@ -6,6 +6,7 @@ against each other, and loaded to a type and a device.
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 
+from sd3min import hub
 from sd3min.autoencoder import Autoencoder
 from sd3min.config import T5_XXL, Defaults, MMDiTConfig, Refusal, released_name
 from sd3min.mmdit import MMDiT
@@ -88,24 +90,29 @@ class Checkpoint:
         path: AnyPaths | None = None,
         text_encoders: AnyPaths | None = None,
         tokenizers: AnyPath | None = None,
+        wanted: Sequence[str] = tuple(TITLES),
     ) -> "Checkpoint":
         """Read the headers of a file or a folder, or of several; of sd3-tiny where none is named.
 
-        Where several hold the same part, the last one's counts, and `text_encoders` after all.
+        Where several hold the same part, the last one's counts, and `text_encoders` after all. Of
+        names on the hub the parts that are `wanted` are downloaded.
         """
-        paths = listed(path) or [tiny()]
+        encoders = {}
+        asked = [name for name in wanted if name in TOKENIZERS]
+        for place in on_disk(listed(text_encoders), asked, False).paths:
+            found = {n: p for n, p in open_path(place).parts.items() if n in TOKENIZERS}
+            if not found:
+                raise Refusal(f"{place} holds no text encoder: leave it out")
+            encoders |= found
+        left = [name for name in wanted if name not in encoders]
+        paths, folder = on_disk(listed(path) or [tiny()], left, tokenizers is None)
         parts, metadata = {}, {}
         for place in paths:
             found = open_path(place)
             parts |= found.parts
             metadata |= found.metadata
-        for place in listed(text_encoders):
-            encoders = {n: p for n, p in open_path(place).parts.items() if n in TOKENIZERS}
-            if not encoders:
-                raise Refusal(f"{place} holds no text encoder: leave it out")
-            parts |= encoders
+        parts |= encoders
         parts = {name: parts[name] for name in TITLES if name in parts}
-        folder = paths[0] if is_folder(paths[0]) else paths[0].parent
         defaults = read_defaults(paths[0], metadata)
         return cls(paths[0], parts, metadata, defaults, Path(tokenizers or folder))
 
@@ -158,7 +165,7 @@ class Checkpoint:
         self, dtype: torch.dtype, device: torch.device, t5: bool = True
     ) -> TextEncoders:
         """All text encoders with their tokenizers; without T5 its rows are zeros."""
-        names = ["clip_l", "clip_g", "t5"] if t5 else ["clip_l", "clip_g"]
+        names = [name for name in part_names(t5) if name in TOKENIZERS]
         self.require(names)
         width = self.context_width()
         tokenizers = [self.load_tokenizer(name) for name in names]
@@ -212,6 +219,24 @@ class Checkpoint:
         return tokenizer
 
 
+def on_disk(paths: Sequence[Path], parts: Sequence[str], tokenizers: bool) -> hub.Fetched:
+    """Paths, with names on the hub downloaded, and the folder of the first one's tokenizers."""
+    found, folders = [], []
+    for path in paths:
+        if hub.is_name(str(path)) and not os.path.lexists(path):
+            fetched = hub.fetch(str(path), parts, tokenizers)
+        else:
+            fetched = hub.Fetched([path], path if is_folder(path) else path.parent)
+        found += fetched.paths
+        folders.append(fetched.tokenizers)
+    return hub.Fetched(found, next(iter(folders), Path()))
+
+
+def part_names(t5: bool) -> list[str]:
+    """The parts of a whole model, with or without T5."""
+    return [name for name in TITLES if t5 or name != "t5"]
+
+
 def listed(paths: AnyPaths | None) -> list[Path]:
     """One path or several as a list."""
     given = [paths] if isinstance(paths, str | Path) else paths or []
@@ -255,7 +280,7 @@ def load_mmdit(
     dtype: str | torch.dtype | None = None,
 ) -> MMDiT:
     """The MMDiT of a file or folder, alone."""
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path, wanted=["mmdit"])
     return checkpoint.load("mmdit", *checkpoint.placement(device, dtype))
 
 
@@ -265,7 +290,7 @@ def load_autoencoder(
     dtype: str | torch.dtype | None = None,
 ) -> Autoencoder:
     """The autoencoder of a file or folder, alone."""
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path, wanted=["autoencoder"])
     return checkpoint.load("autoencoder", *checkpoint.placement(device, dtype))
 
 
@@ -277,5 +302,6 @@ def load_text_encoders(
     t5: bool = True,
 ) -> TextEncoders:
     """The text encoders of a file or folder, or of several, alone."""
-    checkpoint = Checkpoint.open(path, tokenizers=tokenizers)
+    names = [name for name in part_names(t5) if name in TOKENIZERS]
+    checkpoint = Checkpoint.open(path, tokenizers=tokenizers, wanted=names)
     return checkpoint.load_text_encoders(*checkpoint.placement(device, dtype), t5)

@@ -94,7 +94,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompt", type=text, nargs="+", help="what to show; several make several pictures")
     add("--negative", type=text, default="", metavar="TEXT", help="what guidance leads away from")
-    weights = "official files or folders, the last that holds a part counting"
+    weights = "official files, folders or names on the hub, the last that holds a part counting"
     add("--weights", type=Path, nargs="+", metavar="PATH", help=f"{weights} ({DEFAULT})")
     encoders = "files of encoders that --weights lacks"
     add("--text-encoders", type=Path, nargs="+", metavar="PATH", help=encoders)
@@ -179,8 +179,9 @@ def run_generate(arguments: argparse.Namespace) -> None:
         raise Refusal("--strength says how far to leave --init-image: pass both or neither")
     count = len(arguments.prompt) * max(arguments.num_images, 1)
     paths = targets(arguments.out, arguments.prompt[0], count)
+    names = checkpoint.part_names(not arguments.no_t5)
     opened = checkpoint.Checkpoint.open(
-        arguments.weights, arguments.text_encoders, arguments.tokenizers
+        arguments.weights, arguments.text_encoders, arguments.tokenizers, names
     )
     opened.require(["mmdit"])
     width, height = arguments.size or (None, None)

@@ -36,7 +36,7 @@ def is_name(text: str) -> bool:
 
 
 def fetch(text: str, parts: Sequence[str], tokenizers: bool = True) -> Fetched:
-    """Download what a name on the hub holds of the parts, and their tokenizers if they are asked for.
+    """Download what a name on the hub holds of the parts, and their tokenizers if asked to.
 
     Raises Refusal, in a sentence that says what to do, where the hub or the disk does not help.
     """
@@ -46,7 +46,8 @@ def fetch(text: str, parts: Sequence[str], tokenizers: bool = True) -> Fetched:
         held = ", ".join(f for f in files if f.endswith(".safetensors")) or "no .safetensors files"
         raise Refusal(f"{name} has no {file}: it has {held}")
     weights = [file] if file else needed(name, files, parts)
-    folders = [kind[0] for part in parts if tokenizers and (kind := COMPONENTS[part].tokenizer)]
+    kinds = [COMPONENTS[part].tokenizer for part in COMPONENTS if part in parts and tokenizers]
+    folders = [kind[0] for kind in kinds if kind]
     words = [f for f in files if f.split("/")[0] in folders]
     place = download(name, weights + words)
     if folders and not words:

@@ -194,8 +194,9 @@ def load(
     dtype: str | torch.dtype | None = None,
     t5: bool = True,
 ) -> Pipeline:
-    """A pipeline from an official file, a folder of such files or a diffusers folder; from the
-    shipped sd3-tiny where no path is given.
+    """A pipeline from an official file, a folder of such files or a diffusers folder, or a name on
+    the hub such as stabilityai/stable-diffusion-3-medium-diffusers; from the shipped sd3-tiny
+    where no path is given.
 
     `path` may be several, of which the last that holds a part counts. `text_encoders`: files of
     encoders, which come before those at `path`. `tokenizers`: the folder that holds `tokenizer`,
@@ -204,7 +205,9 @@ def load(
     on a CPU and the stored type on a GPU. `t5=False` goes without T5, with zeros in its place.
     Raises Refusal where a file does not fit, and says which tensors.
     """
-    return assemble(checkpoint.Checkpoint.open(path, text_encoders, tokenizers), device, dtype, t5)
+    names = checkpoint.part_names(t5)
+    opened = checkpoint.Checkpoint.open(path, text_encoders, tokenizers, names)
+    return assemble(opened, device, dtype, t5)
 
 
 def assemble(
@@ -214,7 +217,7 @@ def assemble(
     t5: bool = True,
 ) -> Pipeline:
     """A pipeline from opened files."""
-    opened.require(["mmdit", "autoencoder", "clip_l", "clip_g", *(["t5"] if t5 else [])])
+    opened.require(checkpoint.part_names(t5))
     chosen, place = opened.placement(device, dtype)
     encoders = opened.load_text_encoders(chosen, place, t5)
     mmdit, autoencoder = (opened.load(name, chosen, place) for name in ("mmdit", "autoencoder"))

@@ -94,7 +94,8 @@ def read_header(path: Path) -> tuple[list[Stored], dict[str, str]]:
     """What a safetensors file says about its tensors, and its metadata; the file stays open."""
     try:
         if not path.exists():
-            raise Refusal(f"{path} does not exist: pass the path of a .safetensors file")
+            mend = "pass the path of weights, or a name on the hub such as stabilityai/NAME"
+            raise Refusal(f"{path} does not exist: {mend}")
         if not path.is_file():
             raise Refusal(f"{path} is not a file: pass the path of a .safetensors file")
         if path.stat().st_size == 0:

@@ -34,6 +34,7 @@ LAYERS = (  # a module imports only from those above it
     "parts",
     "sources",
     "folder",
+    "hub",
     "checkpoint",
     "convert",
     "pipeline",
