@@ -3,10 +3,14 @@
 from sd3min import flow
 from sd3min.checkpoint import load_autoencoder, load_mmdit, load_text_encoders
 from sd3min.config import Refusal
+from sd3min.conventions import CONVENTIONS, Conventions
 from sd3min.pipeline import Pipeline, load, save
+from sd3min.record import read_record
 from sd3min.settings import Settings
 
 __all__ = [
+    "CONVENTIONS",
+    "Conventions",
     "Pipeline",
     "Refusal",
     "Settings",
@@ -15,6 +19,7 @@ __all__ = [
     "load_autoencoder",
     "load_mmdit",
     "load_text_encoders",
+    "read_record",
     "save",
 ]
 __version__ = "0.1.0"

@@ -75,6 +75,11 @@ SD3_5_LARGE = MMDiTConfig(depth=38, qk_norm=True)
 PRESETS = {"SD3-medium": SD3_MEDIUM, "SD3.5-medium": SD3_5_MEDIUM, "SD3.5-large": SD3_5_LARGE}
 
 
+def released_name(config: MMDiTConfig) -> str | None:
+    """The released model of these sizes, if any."""
+    return next((name for name, preset in PRESETS.items() if preset == config), None)
+
+
 @dataclass(frozen=True)
 class AutoencoderConfig:
     """Sizes of the autoencoder (paper §5.2.1); the official ones give 83,819,683 parameters."""

@@ -1,7 +1,5 @@
 """Prompt to picture: text encoders, flow under guidance and autoencoder, one after the other."""
 
-import dataclasses
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,29 +16,39 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sd3min
-from sd3min import checkpoint, flow
+from sd3min import checkpoint, flow, record
 from sd3min.autoencoder import Autoencoder, posterior_sample
 from sd3min.config import LATENT_CHANNELS, LATENT_DOWNSCALING, Defaults, Refusal
+from sd3min.conventions import DIFFUSERS, Conventions
 from sd3min.mmdit import MMDiT
 from sd3min.settings import Settings, check_call
 from sd3min.text_encoders import Conditioning, TextEncoders
 
 
+def resized(image: Image.Image, mode: str, size: tuple[int, int] | None) -> Image.Image:
+    """A picture in RGB or grey (mode L), at its own size or at another width and height."""
+    image = image.convert(mode)
+    return image if size in (None, image.size) else image.resize(size, Image.Resampling.LANCZOS)
+
+
 def to_tensor(image: Image.Image, size: tuple[int, int] | None = None) -> Float[Tensor, "1 3 H W"]:
     """A picture as a tensor in −1 to 1, at its own size or at another width and height."""
-    image = image.convert("RGB")
-    if size not in (None, image.size):
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
+    pixels = torch.from_numpy(np.asarray(resized(image, "RGB", size), dtype=np.float32) / 255)
     return 2 * rearrange(pixels, "h w c -> 1 c h w") - 1
 
 
-def to_pictures(images: Float[Tensor, "b 3 H W"]) -> list[Image.Image]:
-    """Tensors in −1 to 1 as pictures, rounded to the nearest of 256 levels."""
+def to_mask(image: Image.Image, size: tuple[int, int]) -> Float[Tensor, "1 1 h w"]:
+    """A mask as shares of latents to be repainted, each its cell's first pixel, as in diffusers."""
+    cells = np.asarray(resized(image, "L", size), dtype=np.float32) / 255
+    return torch.from_numpy(cells[None, None, ::LATENT_DOWNSCALING, ::LATENT_DOWNSCALING])
+
+
+def to_pictures(images: Float[Tensor, "b 3 H W"], rounding: str = "nearest") -> list[Image.Image]:
+    """Tensors in −1 to 1 as pictures of 256 levels, the nearest or those below ("floor")."""
     levels = 255 * (images / 2 + 0.5).clamp(0, 1).float().cpu()
+    levels = levels.round() if rounding == "nearest" else levels.floor()
     return [
-        Image.fromarray(pixels)
-        for pixels in rearrange(levels, "b c h w -> b h w c").round().byte().numpy()
+        Image.fromarray(pixels) for pixels in rearrange(levels, "b c h w -> b h w c").byte().numpy()
     ]
 
 
@@ -58,6 +66,12 @@ def save(image: Image.Image, path: str | Path) -> None:
         raise Refusal(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def paste(picture: Image.Image, start: Image.Image, mask: Image.Image) -> Image.Image:
+    """A picture over the one that it started from, which shows where the mask is black."""
+    size = picture.size
+    return Image.composite(picture, resized(start, "RGB", size), resized(mask, "L", size))
 
 
 class Pipeline:
@@ -86,6 +100,7 @@ class Pipeline:
         num_images: int = 1,
         seed: int | Sequence[int] | None = None,
         init_image: Image.Image | None = None,
+        mask_image: Image.Image | None = None,
         on_step: Callable[[flow.Step], None] | None = None,
         progress: bool = True,
         **settings: Any,
@@ -93,11 +108,13 @@ class Pipeline:
         """Pictures of the prompts, `num_images` of each in a row.
 
         `settings` are the fields of `sd3min.Settings`: width, height, steps, guidance_scale, shift,
-        schedule, sigmas, sampler, strength, t5_length; the weights' defaults stand in for those
-        left out or None. With `init_image` the run starts from that picture under noise, at its own
-        size unless one is given. A number as `seed` is the first picture's, and every further
-        picture has the next one. `on_step` sees every step: its latents and those it points at.
-        Raises Refusal, before any work, where a value makes no sense.
+        schedule, sigmas, sampler, strength, t5_length, keep_unmasked, without_t5, conventions;
+        those left out or None are the asked-for conventions' or the weights' own. With `init_image`
+        the run starts from that picture under noise, at its own size unless one is given; with
+        `mask_image` it is repainted where the mask is white, and in part where it is grey. A number
+        as `seed` is the first picture's, and every further picture has the next one. `on_step` sees
+        every step: its latents and those it points at. Raises Refusal, before any work, where a
+        value makes no sense.
         """
         prompts, negatives, seeds, chosen = check_call(
             self.mmdit.config,
@@ -107,64 +124,109 @@ class Pipeline:
             num_images=num_images,
             seed=seed,
             init_image=init_image,
+            mask_image=mask_image,
             **settings,
         )
         generators = [torch.Generator().manual_seed(value) for value in seeds]
 
         times = chosen.times(partly=init_image is not None)
         velocity = self.velocity(prompts, negatives, chosen)
-        latents = self.start(generators, times[0], chosen, init_image)
-        run = flow.steps(velocity, latents, times, chosen.sampler)
+        data, noise = self.start(generators, chosen, init_image)
+        latents = noise if data is None else flow.interpolate(data, noise, times[0].to(noise))
+        between = None
+        if data is not None and mask_image is not None:
+            between = self.masked(data, noise, chosen, mask_image)
+        run = flow.steps(velocity, latents, times, chosen.sampler, between)
         for step in tqdm(run, total=len(times) - 1, disable=not progress):
             latents = step.next_latents
             if on_step is not None:
                 on_step(step)
 
-        pictures = to_pictures(self.autoencoder.decode(latents.to(self.dtype)))
-        return self.signed(pictures, prompts, negatives, seeds, chosen)
+        images = self.autoencoder.decode(latents.to(self.dtype))
+        pictures = to_pictures(images, chosen.conventions.rounding)
+        if init_image is not None and mask_image is not None and chosen.keep_unmasked:
+            pictures = [paste(picture, init_image, mask_image) for picture in pictures]
+        return self.signed(pictures, prompts, negatives, seeds, chosen, init_image, mask_image)
 
-    def encode_prompt(self, prompts: Sequence[str], t5_length: int | None = None) -> Conditioning:
+    def encode_prompt(
+        self,
+        prompts: Sequence[str],
+        t5_length: int | None = None,
+        without_t5: str = "zeros",
+        conventions: Conventions = DIFFUSERS,
+    ) -> Conditioning:
         """Context [b, l, c] and pooled vector [b, p]; equal prompts are encoded once."""
         unique = list(dict.fromkeys(prompts))
         places = torch.tensor([unique.index(text) for text in prompts], device=self.device)
-        context, pooled = self.text_encoders.encode(unique, t5_length)
+        context, pooled = self.text_encoders.encode(unique, t5_length, without_t5, conventions)
         return Conditioning(context[places], pooled[places])
+
+    def precision(self, settings: Settings) -> torch.dtype:
+        """Type of latents between steps: float32, or the network's where it is asked for and
+        shorter.
+        """
+        short = self.dtype.itemsize < torch.float32.itemsize
+        return self.dtype if short and settings.conventions.latents == "network" else torch.float32
 
     def velocity(
         self, prompts: list[str], negatives: list[str], settings: Settings
     ) -> flow.Velocity:
-        """The guided velocity as a function of latents and time alone, in float32 or better."""
+        """The guided velocity as a function of latents and time alone."""
         guided = settings.guidance_scale > 1
         context, pooled = self.encode_prompt(
-            negatives + prompts if guided else prompts, settings.t5_length
+            negatives + prompts if guided else prompts,
+            settings.t5_length,
+            settings.without_t5,
+            settings.conventions,
         )
+        precision = torch.promote_types(self.dtype, self.precision(settings))
 
         def predict(latents: Tensor, t: Tensor) -> Tensor:
             timesteps = (flow.TRAINED_TIMES * t).expand(len(latents)).to(self.device)
-            velocity = self.mmdit(latents.to(self.dtype), timesteps, context, pooled)
-            return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
+            return self.mmdit(latents.to(self.dtype), timesteps, context, pooled).to(precision)
 
-        return flow.guide(predict, settings.guidance_scale)
+        return flow.GUIDANCE[settings.conventions.guidance](predict, settings.guidance_scale)
 
     def start(
         self,
         generators: list[torch.Generator],
-        t: Tensor,
         settings: Settings,
         init_image: Image.Image | None,
-    ) -> Float[Tensor, "b c h w"]:
-        """Latents of time t, one for each generator: noise, or the starting picture under it."""
+    ) -> tuple[Float[Tensor, "b c h w"] | None, Float[Tensor, "b c h w"]]:
+        """Latents of the starting picture, if any, and noise, one of each for each generator."""
         h, w = settings.height // LATENT_DOWNSCALING, settings.width // LATENT_DOWNSCALING
-        samples = []
-        if init_image is not None:
-            image = to_tensor(init_image, (settings.width, settings.height))
-            moments = self.autoencoder.moments(image.to(self.device, self.dtype))
-            samples = [posterior_sample(*moments, generator) for generator in generators]
+        data = self.encode_start(generators, settings, init_image) if init_image else None
         noise = torch.cat(
             [torch.randn(1, LATENT_CHANNELS, h, w, generator=generator) for generator in generators]
         )
-        noise = noise.to(self.device)
-        return flow.interpolate(torch.cat(samples).float(), noise, t) if samples else noise
+        return data, noise.to(self.device, self.precision(settings))
+
+    def encode_start(
+        self, generators: list[torch.Generator], settings: Settings, init_image: Image.Image
+    ) -> Float[Tensor, "b c h w"]:
+        """Latents of the starting picture, sampled with each generator or its mode for all."""
+        image = to_tensor(init_image, (settings.width, settings.height))
+        image = image.to(self.device, self.dtype)
+        if settings.conventions.start_sample == "seeded":
+            moments = self.autoencoder.moments(image)
+            samples = [posterior_sample(*moments, generator) for generator in generators]
+        else:
+            samples = [self.autoencoder.encode(image)] * len(generators)
+        return torch.cat(samples).to(self.precision(settings))
+
+    def masked(
+        self, data: Tensor, noise: Tensor, settings: Settings, mask_image: Image.Image
+    ) -> flow.Velocity:
+        """Latents between the steps of inpainting: where the mask is black, those of the starting
+        picture under the noise of their time.
+        """
+        mask = to_mask(mask_image, (settings.width, settings.height)).to(noise)
+
+        def between(latents: Tensor, t: Tensor) -> Tensor:
+            kept = flow.interpolate(data, noise, t.to(noise))
+            return (1 - mask) * kept + mask * latents.to(noise)
+
+        return between
 
     def signed(
         self,
@@ -173,16 +235,25 @@ class Pipeline:
         negatives: list[str],
         seeds: list[int],
         settings: Settings,
+        init_image: Image.Image | None,
+        mask_image: Image.Image | None,
     ) -> list[Image.Image]:
         """The pictures, each with the record of what made it in its `info`."""
         modules = (sd3min, torch, transformers)
-        versions = {module.__name__: module.__version__ for module in modules}
-        common = dataclasses.asdict(settings) | {"weights": self.weights, "versions": versions}
+        common = vars(settings) | {
+            "conventions": settings.conventions.name,
+            "init_image": record.pixel_hash(init_image),
+            "mask_image": record.pixel_hash(mask_image, "L"),
+            "t5": self.text_encoders.t5 is not None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "weights": self.weights,
+            "versions": {module.__name__: module.__version__ for module in modules},
+        }
         for picture, prompt, negative, seed in zip(
             pictures, prompts, negatives, seeds, strict=True
         ):
-            record = {"prompt": prompt, "negative_prompt": negative, "seed": seed} | common
-            picture.info["sd3min"] = json.dumps(record, ensure_ascii=False)
+            own = {"prompt": prompt, "negative_prompt": negative, "seed": seed}
+            picture.info["sd3min"] = record.dumps(own | common)
         return pictures
 
 

@@ -25,6 +25,7 @@ LAYERS = (  # a module imports only from those above it
     "conventions",
     "flow",
     "settings",
+    "record",
     "mmdit",
     "autoencoder",
     "text_encoders",
