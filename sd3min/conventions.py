@@ -187,4 +187,4 @@ def find_conventions(name: str | Conventions) -> Conventions:
 def reasons() -> dict[str, str]:
     """For every choice, what it does and where each implementation makes it."""
     hints = get_type_hints(Conventions, include_extras=True)
-    return {name: hint.__metadata__[0] for name, hint in hints.items() if get_args(hint)[1:]}
+    return {name: h.__metadata__[0] for name, h in hints.items() if hasattr(h, "__metadata__")}

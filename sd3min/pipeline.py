@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
@@ -15,7 +14,6 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-import sd3min
 from sd3min import checkpoint, flow, record
 from sd3min.autoencoder import Autoencoder, posterior_sample
 from sd3min.config import LATENT_CHANNELS, LATENT_DOWNSCALING, Defaults, Refusal
@@ -239,7 +237,6 @@ class Pipeline:
         mask_image: Image.Image | None,
     ) -> list[Image.Image]:
         """The pictures, each with the record of what made it in its `info`."""
-        modules = (sd3min, torch, transformers)
         common = vars(settings) | {
             "conventions": settings.conventions.name,
             "init_image": record.pixel_hash(init_image),
@@ -247,7 +244,7 @@ class Pipeline:
             "t5": self.text_encoders.t5 is not None,
             "dtype": str(self.dtype).removeprefix("torch."),
             "weights": self.weights,
-            "versions": {module.__name__: module.__version__ for module in modules},
+            "versions": record.current_versions(),
         }
         for picture, prompt, negative, seed in zip(
             pictures, prompts, negatives, seeds, strict=True

@@ -5,8 +5,11 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+import transformers
 from PIL import Image
 
+import sd3min
 from sd3min.config import Refusal
 
 KEY = "sd3min"  # of the PNG's text
@@ -54,15 +57,21 @@ class Record(NamedTuple):
     dtype: str | None
 
     def check_image(self, name: str, image: Image.Image | None, given: str) -> None:
-        """Refuse where `init_image` or `mask_image` is not the picture that the record names."""
-        wanted = getattr(self, name)
-        option, mode = {"init_image": ("--init-image", "RGB"), "mask_image": ("--mask", "L")}[name]
+        """Refuse where an `init_image` or `mask_image`, given by some words, is not the one that
+        the record names.
+        """
+        wanted, mode = getattr(self, name), {"init_image": "RGB", "mask_image": "L"}[name]
         if wanted is None or pixel_hash(image, mode) == wanted:
             return
-        made = f"the picture was made from another, of SHA-256 {wanted}"
+        mend = f"the {name.replace('_', ' ')} of SHA-256 {wanted} as {given.split(' ')[0]}"
         if image is None:
-            raise Refusal(f"{made}: pass it as {option}")
-        raise Refusal(f"{option} {given} is not what it was made from: {made}; pass that one")
+            raise Refusal(f"the picture was made from another: pass {mend}")
+        raise Refusal(f"{given} is not what the picture was made from: pass {mend}")
+
+
+def current_versions() -> dict[str, str]:
+    """Versions of what computes a picture."""
+    return {module.__name__: module.__version__ for module in (sd3min, torch, transformers)}
 
 
 def pixel_hash(image: Image.Image | None, mode: str = "RGB") -> str | None:
@@ -99,7 +108,7 @@ def read_record(path: str | Path) -> Record:
 def parse(text: Any, path: str | Path) -> Record:
     """A record from a PNG's text, whatever that is."""
     try:
-        values = json.loads(text)
+        values: Any = json.loads(text)
         wrong = [name for name in NEEDED if name not in values]
         wrong += [name for name, value in values.items() if not is_sound(name, value)]
     except (AttributeError, TypeError, ValueError, RecursionError):

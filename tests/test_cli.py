@@ -12,7 +12,8 @@ import small
 from PIL import Image
 from safetensors.torch import save_file
 
-from sd3min import cli
+from sd3min import cli, generate
+from sd3min.options import open_image
 
 GOOD = ["generate", "a red star", "--weights", "small.safetensors", "--out", "out.png"]
 QUICK = ["--steps", "1", "--seed", "1"]
@@ -137,7 +138,7 @@ def test_a_misused_option_is_refused_in_one_sentence_before_any_work(given, said
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "no command was given: pass generate or inspect (see sd3min --help)"),
+        ([], "no command was given: pass one, such as generate (see sd3min --help)"),
         (["paint"], "invalid choice: 'paint'"),
         (["generate"], "the following arguments are required: prompt"),
         (["generate", *GOOD[2:]], "the following arguments are required: prompt"),
@@ -233,7 +234,7 @@ def test_a_photo_is_turned_upright(here):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: to be turned by a quarter
     Image.new("RGB", (48, 64), "red").save("turned.jpg", exif=exif)
-    assert cli.open_image(Path("turned.jpg")).size == (64, 48)
+    assert open_image(Path("turned.jpg")).size == (64, 48)
 
 
 def test_a_prompt_that_is_cut_is_a_warning_of_one_line_that_quotes_it(here, capsys):
@@ -248,7 +249,7 @@ def test_a_folder_that_cannot_be_written_is_refused(here, capsys, monkeypatch):
     def deny(dir):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(cli.tempfile, "TemporaryFile", deny)
+    monkeypatch.setattr(generate.tempfile, "TemporaryFile", deny)
     assert "out.png cannot be written (Permission denied)" in refused(GOOD, here, capsys)
 
 

@@ -33,10 +33,13 @@ LAYERS = (  # a module imports only from those above it
     "parts",
     "checkpoint",
     "pipeline",
+    "differences",
     "fast",
     "training",
     "probes",
     "explorer",
+    "options",
+    "generate",
     "cli",
 )
 PLACES = {  # where the paper says what a function computes
