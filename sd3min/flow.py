@@ -128,14 +128,14 @@ class Step(NamedTuple):
 def euler(
     latents: Tensor, velocity: Tensor, t: Tensor, t_next: Tensor, before: Step | None = None
 ) -> Tensor:
-    """One step along the tangent, dz = v·dt (paper §2, Eq. 1), in float32."""
-    return latents.float() + (t_next - t) * velocity
+    """One step along the tangent, dz = v·dt (paper §2, Eq. 1)."""
+    return latents + (t_next - t) * velocity
 
 
 def dpmpp_2m(
     latents: Tensor, velocity: Tensor, t: Tensor, t_next: Tensor, before: Step | None = None
 ) -> Tensor:
-    """One step of DPM-Solver++(2M) as sd3.5 and k-diffusion have it, with λ = −ln t, in float32.
+    """One step of DPM-Solver++(2M) as sd3.5 and k-diffusion have it, with λ = −ln t.
 
     z' = (t'/t)·z + (1 − t'/t)·x̄0, where x̄0 = x0 + (x0 − x0 before)·(λ' − λ) / (2·(λ − λ before))
     is the data pointed at, carried on to the middle of the step. Without that term this is Euler's
@@ -143,7 +143,7 @@ def dpmpp_2m(
     """
     if before is None or before.t == t or t_next == 0:
         return euler(latents, velocity, t, t_next)
-    denoised = denoise(latents.float(), velocity, t)
+    denoised = denoise(latents, velocity, t)
     weight = torch.log(t / t_next) / torch.log(before.t / t) / 2
     ahead = denoised + weight * (denoised - before.denoised)
     return t_next / t * latents + (1 - t_next / t) * ahead
@@ -161,15 +161,16 @@ def steps(
 ) -> Iterator[Step]:
     """Follow the velocity from the first time to the last, giving every step as it is taken.
 
-    Latents keep the type of the noise. `between` may change those that a step leads to, given them
-    and their time.
+    A step is taken in float32 or better, and its latents have the type of the noise. `between` may
+    change those that a step leads to, given them and their time.
     """
     latents, before = noise, None
     for i, (t, t_next) in enumerate(pairwise(sigmas)):
         v = velocity(latents, t)
-        following = SAMPLERS[sampler](latents, v, t, t_next, before).to(noise.dtype)
+        exact = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        following = SAMPLERS[sampler](exact, v, t, t_next, before).to(noise.dtype)
         following = between(following, t_next) if between else following
-        before = Step(i, t, latents, v, denoise(latents, v, t), following)
+        before = Step(i, t, latents, v, denoise(exact, v, t), following)
         yield before
         latents = following
 

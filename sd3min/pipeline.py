@@ -35,19 +35,27 @@ def to_tensor(image: Image.Image, size: tuple[int, int] | None = None) -> Float[
     return 2 * rearrange(pixels, "h w c -> 1 c h w") - 1
 
 
+def fit_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A mask in grey, at a width and height; black and white alone stay so, as in diffusers."""
+    grey, fitted = mask.convert("L"), resized(mask, "L", size)
+    soft = any(grey.histogram()[1:-1])
+    return fitted if soft else fitted.point(lambda level: 255 * (level > 127))
+
+
 def to_mask(image: Image.Image, size: tuple[int, int]) -> Float[Tensor, "1 1 h w"]:
     """A mask as shares of latents to be repainted, each its cell's first pixel, as in diffusers."""
-    cells = np.asarray(resized(image, "L", size), dtype=np.float32) / 255
+    cells = np.asarray(fit_mask(image, size), dtype=np.float32) / 255
     return torch.from_numpy(cells[None, None, ::LATENT_DOWNSCALING, ::LATENT_DOWNSCALING])
 
 
 def to_pictures(images: Float[Tensor, "b 3 H W"], rounding: str = "nearest") -> list[Image.Image]:
     """Tensors in −1 to 1 as pictures of 256 levels, the nearest or those below ("floor")."""
-    levels = 255 * (images / 2 + 0.5).clamp(0, 1).float().cpu()
-    levels = levels.round() if rounding == "nearest" else levels.floor()
-    return [
-        Image.fromarray(pixels) for pixels in rearrange(levels, "b c h w -> b h w c").byte().numpy()
-    ]
+    if rounding == "floor":
+        levels = (255 * ((images.float() + 1) / 2).clamp(0, 1)).floor()
+    else:
+        levels = (255 * (images / 2 + 0.5).clamp(0, 1).float()).round()
+    pixels = rearrange(levels.cpu(), "b c h w -> b h w c").byte().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
 
 
 def save(image: Image.Image, path: str | Path) -> None:
@@ -66,10 +74,16 @@ def save(image: Image.Image, path: str | Path) -> None:
         part.unlink(missing_ok=True)
 
 
+def put_under(noise: Tensor, data: Tensor, t: Tensor) -> Tensor:
+    """Latents of time t on the straight path from data to noise, in the type of the noise."""
+    exact = torch.result_type(data, noise)
+    return flow.interpolate(data.to(exact), noise.to(exact), t.to(exact)).to(noise)
+
+
 def paste(picture: Image.Image, start: Image.Image, mask: Image.Image) -> Image.Image:
     """A picture over the one that it started from, which shows where the mask is black."""
     size = picture.size
-    return Image.composite(picture, resized(start, "RGB", size), resized(mask, "L", size))
+    return Image.composite(picture, resized(start, "RGB", size), fit_mask(mask, size))
 
 
 class Pipeline:
@@ -130,7 +144,7 @@ class Pipeline:
         times = chosen.times(partly=init_image is not None)
         velocity = self.velocity(prompts, negatives, chosen)
         data, noise = self.start(generators, chosen, init_image)
-        latents = noise if data is None else flow.interpolate(data, noise, times[0].to(noise))
+        latents = noise if data is None else put_under(noise, data, times[0])
         between = None
         if data is not None and mask_image is not None:
             between = self.masked(data, noise, chosen, mask_image)
@@ -210,7 +224,7 @@ class Pipeline:
             samples = [posterior_sample(*moments, generator) for generator in generators]
         else:
             samples = [self.autoencoder.encode(image)] * len(generators)
-        return torch.cat(samples).to(self.precision(settings))
+        return torch.cat(samples)
 
     def masked(
         self, data: Tensor, noise: Tensor, settings: Settings, mask_image: Image.Image
@@ -221,8 +235,7 @@ class Pipeline:
         mask = to_mask(mask_image, (settings.width, settings.height)).to(noise)
 
         def between(latents: Tensor, t: Tensor) -> Tensor:
-            kept = flow.interpolate(data, noise, t.to(noise))
-            return (1 - mask) * kept + mask * latents.to(noise)
+            return (1 - mask) * put_under(noise, data, t) + mask * latents
 
         return between
 
