@@ -209,7 +209,11 @@ import numpy as np
 from sd3min import Refusal
 from sd3min.config import Defaults, MMDiTConfig
 from sd3min.settings import check_call
-for change in ({"height": 64.0}, {"steps": "28"}, {"prompt": [3]}, {"seed": 1.5}, {"shift": "3"}):
+for change in (
+    {"height": 64.0}, {"steps": "28"}, {"prompt": [3]}, {"seed": 1.5}, {"shift": "3"},
+    {"init_image": "start.png"}, {"mask_image": np.zeros((16, 16))}, {"keep_unmasked": "yes"},
+    {"conventions": ["sd3-ref"]}, {"sampler": ["euler"]}, {"without_t5": {}},
+):
     try:
         check_call(MMDiTConfig(depth=2), Defaults(), **({"prompt": "a cat"} | change))
     except Refusal as refusal:
@@ -223,7 +227,7 @@ assert len(chosen.times()) == 3
 def test_wrong_types_are_refused_and_numpys_numbers_taken():
     run = [sys.executable, "-c", WRONG_TYPES]
     printed = subprocess.run(run, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(printed) == 5, printed
+    assert len(printed) == 11, printed
 
 
 def test_the_schedule_can_be_chosen(pipe):
@@ -242,3 +246,87 @@ def test_a_gpu_draws_the_same_picture(pipe):
     for given in ({}, {"init_image": start(), "strength": 0.7}):
         difference = np.abs(make(there, **given).astype(int) - make(pipe, **given))
         assert difference.mean() < 0.5
+
+
+def spot(mode="L"):
+    mask = Image.new("L", (64, 48), 0)
+    mask.paste(255, (16, 8, 40, 32))
+    return mask.convert(mode)
+
+
+def test_inpainting_keeps_every_pixel_outside_the_mask_unless_told_not_to(pipe):
+    call = {"init_image": start(), "mask_image": spot(), "strength": 0.8}
+    white = np.asarray(spot()) > 0
+    kept, whole = make(pipe, **call)[0], make(pipe, keep_unmasked=False, **call)[0]
+    assert np.array_equal(kept[~white], np.asarray(start())[~white])
+    assert np.array_equal(kept[white], whole[white])
+    assert not np.array_equal(whole[~white], np.asarray(start())[~white])
+    assert not np.array_equal(kept[white], np.asarray(start())[white])
+
+
+def test_a_black_mask_repaints_nothing_and_a_white_one_is_image_to_image(pipe):
+    black, white = (Image.new("L", (64, 48), level) for level in (0, 255))
+    call = {"init_image": start(), "strength": 0.8}
+    assert np.array_equal(make(pipe, mask_image=black, **call)[0], np.asarray(start()))
+    assert np.array_equal(make(pipe, mask_image=white, **call), make(pipe, **call))
+
+
+def test_black_latents_end_as_the_starting_pictures_and_pass_through_its_noise(pipe):
+    seen = []
+    given = {"init_image": start(), "mask_image": spot(), "strength": 1.0, "steps": 4}
+    pipe(PROMPT, seed=4, progress=False, on_step=seen.append, **given)
+    generator = torch.Generator().manual_seed(4)
+    moments = pipe.autoencoder.moments(sd3min.pipeline.to_tensor(start()))
+    data = sd3min.autoencoder.posterior_sample(*moments, generator)
+    noise = torch.randn(1, 16, 6, 8, generator=generator)
+    for step, t in zip(seen, [*(step.t for step in seen[1:]), torch.tensor(0.0)], strict=True):
+        expected = flow.interpolate(data, noise, t)
+        found = step.next_latents
+        torch.testing.assert_close(found[:, :, :, 5:], expected[:, :, :, 5:])
+        assert (found - expected)[:, :, 1:4, 2:5].abs().min() > 1e-6
+
+
+def test_a_grey_mask_repaints_in_part(pipe):
+    ramp = Image.linear_gradient("L").resize((64, 48))
+    call = {"init_image": start(), "strength": 1.0, "steps": 6}
+    soft = make(pipe, mask_image=ramp, **call)[0].astype(int)
+    distance = np.abs(soft - np.asarray(start())).mean(axis=(1, 2))
+    assert distance[:4].mean() < distance[20:28].mean() / 2 < distance[-4:].mean()
+    hard = make(pipe, mask_image=ramp.point(lambda level: 255 * (level > 127)), **call)[0]
+    assert not np.array_equal(soft, hard)
+
+
+def test_a_mask_of_black_and_white_stays_so_at_another_size():
+    mask, soft = spot(), Image.linear_gradient("L")
+    assert set(np.unique(np.asarray(sd3min.pipeline.fit_mask(mask, (48, 32))))) == {0, 255}
+    assert len(np.unique(np.asarray(sd3min.pipeline.fit_mask(soft, (48, 32))))) > 20
+    cells = sd3min.pipeline.to_mask(mask, (64, 48))[0, 0]
+    assert cells.shape == (6, 8) and cells[1:4, 2:5].min() == 1 and cells.sum() == 9
+
+
+def test_masks_of_every_readable_mode_are_the_same(pipe):
+    call = {"init_image": start(), "steps": 2}
+    expected = make(pipe, mask_image=spot(), **call)
+    for mode in ("1", "P", "RGB", "RGBA", "LA"):
+        assert np.array_equal(make(pipe, mask_image=spot(mode), **call), expected)
+
+
+BAD_PICTURES = {
+    "mask without a start": ({"init_image": None}, "pass init_image too"),
+    "mask of another size": ({"mask_image": Image.new("L", (48, 64))}, "48x64 and init_image 64x"),
+    "mask that is thin": ({"mask_image": Image.new("RGBA", (64, 48), (9, 9, 9, 9))}, "mode RGBA"),
+    "deep mask": ({"mask_image": Image.new("I", (64, 48))}, "mode I cannot be read as a mask"),
+    "mask of floats": ({"mask_image": Image.new("F", (64, 48))}, "mode F cannot be read"),
+    "unknown conventions": ({"conventions": "webui"}, "conventions webui is not one of diffusers"),
+    "unknown meaning of no T5": ({"without_t5": "none"}, "without_t5 none is not one of zeros, pa"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PICTURES)
+def test_a_bad_picture_or_convention_is_refused_before_any_work(case):
+    change, sentence = BAD_PICTURES[case]
+    config, good = small.VARIANTS["SD3-medium"], {"init_image": start(), "mask_image": spot()}
+    check_call(config, Defaults(), PROMPT, **good)
+    with pytest.raises(sd3min.Refusal, match=sentence) as refusal:
+        check_call(config, Defaults(), PROMPT, **(good | change))
+    assert "\n" not in str(refusal.value)
