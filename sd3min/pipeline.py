@@ -83,7 +83,8 @@ def put_under(noise: Tensor, data: Tensor, t: Tensor) -> Tensor:
 def paste(picture: Image.Image, start: Image.Image, mask: Image.Image) -> Image.Image:
     """A picture over the one that it started from, which shows where the mask is black."""
     size = picture.size
-    return Image.composite(picture, resized(start, "RGB", size), fit_mask(mask, size))
+    touched = fit_mask(mask, size).point(lambda level: 255 * (level > 0))
+    return Image.composite(picture, resized(start, "RGB", size), touched)
 
 
 class Pipeline:
@@ -147,7 +148,7 @@ class Pipeline:
         latents = noise if data is None else put_under(noise, data, times[0])
         between = None
         if data is not None and mask_image is not None:
-            between = self.masked(data, noise, chosen, mask_image)
+            between = self.masked(data, noise, times, chosen, mask_image)
         run = flow.steps(velocity, latents, times, chosen.sampler, between)
         for step in tqdm(run, total=len(times) - 1, disable=not progress):
             latents = step.next_latents
@@ -227,15 +228,24 @@ class Pipeline:
         return torch.cat(samples)
 
     def masked(
-        self, data: Tensor, noise: Tensor, settings: Settings, mask_image: Image.Image
+        self,
+        data: Tensor,
+        noise: Tensor,
+        times: Float[Tensor, " times"],
+        settings: Settings,
+        mask_image: Image.Image,
     ) -> flow.Velocity:
-        """Latents between the steps of inpainting: where the mask is black, those of the starting
-        picture under the noise of their time.
+        """What latents become between the steps of inpainting.
+
+        Where the mask is black they go back to the starting picture's under the noise of their
+        time. A grey of share g is held back so until that share of the steps is left, as from a
+        strength of its own (Levin and Fried 2023, "Differential Diffusion").
         """
-        mask = to_mask(mask_image, (settings.width, settings.height)).to(noise)
+        mask = to_mask(mask_image, (settings.width, settings.height)).to(self.device)
 
         def between(latents: Tensor, t: Tensor) -> Tensor:
-            return (1 - mask) * put_under(noise, data, t) + mask * latents
+            left = (times < t).sum() / (len(times) - 1)
+            return torch.where(mask > left.to(self.device), latents, put_under(noise, data, t))
 
         return between
 
