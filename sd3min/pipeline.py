@@ -129,16 +129,10 @@ class Pipeline:
         every step: its latents and those it points at. Raises Refusal, before any work, where a
         value makes no sense.
         """
+        given = {"num_images": num_images, "seed": seed, **settings}
+        given |= {"init_image": init_image, "mask_image": mask_image}
         prompts, negatives, seeds, chosen = check_call(
-            self.mmdit.config,
-            self.defaults,
-            prompt,
-            negative_prompt,
-            num_images=num_images,
-            seed=seed,
-            init_image=init_image,
-            mask_image=mask_image,
-            **settings,
+            self.mmdit.config, self.defaults, prompt, negative_prompt, **given
         )
         generators = [torch.Generator().manual_seed(value) for value in seeds]
 
