@@ -1,5 +1,5 @@
-"""The commands: `sd3min generate` makes pictures, `sd3min inspect` says what a file holds, `sd3min
-convert` writes it in the other layout.
+"""The commands: `sd3min generate` makes pictures, `inspect` says what a file holds, `convert` writes
+it in the other layout, `explain` says why two implementations make different pictures.
 
 A call that cannot be carried out ends before any work, with exit code 2 and one sentence.
 """
@@ -7,121 +7,39 @@ A call that cannot be carried out ends before any work, with exit code 2 and one
 import argparse
 import io
 import os
-import re
 import sys
-import tempfile
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from PIL import Image, ImageOps
-
-from sd3min import checkpoint, flow, pipeline
+from sd3min import checkpoint, options, pipeline
 from sd3min.config import Refusal, released_name
+from sd3min.conventions import CONVENTIONS, find_conventions
 from sd3min.convert import convert
+from sd3min.differences import PICTURES, Difference, explain
+from sd3min.generate import add_generate
 from sd3min.parts import TITLES, Part
 from sd3min.settings import check_call
 
-DEFAULT = "default: sd3-tiny"
-MOST_PICTURES = 100  # of one run: their numbers have two digits
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that refuses in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print under a page of usage."""
-        raise Refusal(f"{message} (see {self.prog} --help)")
-
-
-def text(value: str) -> str:
-    """A prompt, which a terminal may hand over in another encoding than UTF-8."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{value!r} is not text in UTF-8") from None
-    return value
-
-
-def whole(value: str) -> int:
-    """A whole number."""
-    try:
-        return int(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number") from None
-
-
-def number(value: str) -> float:
-    """A number."""
-    try:
-        return float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a number") from None
-
-
-def size(value: str) -> tuple[int, int]:
-    """Width and height from "WxH"."""
-    found = re.fullmatch(r"(\d{1,9})x(\d{1,9})", value)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a size such as 1024x768")
-    return int(found[1]), int(found[2])
-
-
-def length(value: str) -> int:
-    """Bytes from "5GB"."""
-    found = re.fullmatch(r"(\d{1,9})([KMG])B", value.upper())
-    if not found or int(found[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a length such as 5GB or 500MB")
-    return int(found[1]) * {"K": 1_000, "M": 1_000_000, "G": 1_000_000_000}[found[2]]
-
 
 def make_parser() -> argparse.ArgumentParser:
-    """The commands and their options."""
-    parser = Parser(prog="sd3min", description="Stable Diffusion 3, small enough to read.")
-    commands = parser.add_subparsers(metavar="command", parser_class=Parser)
+    """All commands and their options."""
+    parser = options.Parser(prog="sd3min", description="Stable Diffusion 3, small enough to read.")
+    commands = parser.add_subparsers(metavar="command", parser_class=options.Parser)
     add_generate(commands.add_parser("generate", help="make pictures of prompts"))
     add_inspect(commands.add_parser("inspect", help="say what a file holds"))
     layouts = "official single file to diffusers folder, or back"
     add_convert(commands.add_parser("convert", help=layouts))
+    add_explain(commands.add_parser("explain", help="say what two implementations differ in"))
     return parser
-
-
-def add_generate(parser: argparse.ArgumentParser) -> None:
-    """The options of `sd3min generate`."""
-    parser.set_defaults(run=run_generate)
-    add = parser.add_argument
-    add("prompt", type=text, nargs="+", help="what to show; several make several pictures")
-    add("--negative", type=text, default="", metavar="TEXT", help="what guidance leads away from")
-    weights = "official files, folders or names on the hub, the last that holds a part counting"
-    add("--weights", type=Path, nargs="+", metavar="PATH", help=f"{weights} ({DEFAULT})")
-    encoders = "files of encoders that --weights lacks"
-    add("--text-encoders", type=Path, nargs="+", metavar="PATH", help=encoders)
-    tokenizers = "holds tokenizer, tokenizer_2, tokenizer_3 (default: beside the weights)"
-    add("--tokenizers", type=Path, metavar="FOLDER", help=tokenizers)
-    add("--no-t5", action="store_true", help="leave T5 out: zeros in its place")
-    add("--dtype", help="float32, bfloat16 or float16")
-    add("--device", help="cpu, cuda, …")
-    add("--steps", type=whole, help="steps of the sampler")
-    add("--guidance", type=number, help="guidance scale; 1 or less turns guidance off")
-    add("--shift", type=number, help="resolution shift of the schedule")
-    add("--schedule", help=" or ".join(flow.SCHEDULES))
-    add("--sampler", help=" or ".join(flow.SAMPLERS))
-    add("--seed", type=whole, help="of the first picture; others count up (default: random)")
-    add("--size", type=size, metavar="WxH", help="in pixels, multiples of 16")
-    add("--num-images", type=whole, default=1, help="pictures of each prompt")
-    add("--init-image", type=Path, metavar="FILE", help="picture to start from")
-    strength = "how far to leave it, above 0 and at most 1 (default: 0.6)"
-    add("--strength", type=number, help=strength)
-    out = "PNG to write; several pictures are numbered (default: named after the prompt)"
-    add("--out", type=Path, metavar="PNG", help=out)
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """The options of `sd3min inspect`."""
     parser.set_defaults(run=run_inspect)
-    paths = f"official files or folders ({DEFAULT})"
+    paths = "official files or folders (default: sd3-tiny)"
     parser.add_argument("path", type=Path, nargs="*", help=paths)
 
 
@@ -137,74 +55,19 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     tokenizers = "holds tokenizer, tokenizer_2, tokenizer_3 (default: beside the source)"
     add("--tokenizers", type=Path, metavar="FOLDER", help=tokenizers)
     size = "split a part that is longer (default: 10GB, text encoders 5GB)"
-    add("--shard-size", type=length, metavar="LENGTH", help=size)
+    add("--shard-size", type=options.length, metavar="LENGTH", help=size)
 
 
-def targets(out: Path | None, prompt: str, count: int) -> list[Path]:
-    """A file name for every picture, each of which can be written."""
-    name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "picture"
-    out = out or Path(f"{name}.png")
-    if count > MOST_PICTURES:
-        raise Refusal(f"{count} pictures are too many for one run: ask for {MOST_PICTURES} at most")
-    if out.suffix.lower() != ".png":
-        raise Refusal(f"--out {out} is not the name of a PNG: end it with .png")
-    paths = [out] if count == 1 else [out.with_stem(f"{out.stem}-{i:02}") for i in range(count)]
-    try:
-        folder = next((path for path in paths if path.is_dir()), None)
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        reason = error.strerror or error
-        raise Refusal(f"--out {out} cannot be written ({reason}): pass another") from None
-    if folder:
-        raise Refusal(f"--out {folder} is a folder: pass the name of a PNG")
-    return paths
-
-
-def open_image(path: Path) -> Image.Image:
-    """A picture file, read whole and turned upright."""
-    if not path.exists():
-        raise Refusal(f"--init-image {path} does not exist: pass the path of a picture")
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception:  # whatever the file holds
-        raise Refusal(
-            f"--init-image {path} is not a picture that can be read: pass a PNG or a JPEG"
-        ) from None
-
-
-def run_generate(arguments: argparse.Namespace) -> None:
-    """Make pictures and say where they are; everything is checked before the weights are read."""
-    if arguments.strength is not None and arguments.init_image is None:
-        raise Refusal("--strength says how far to leave --init-image: pass both or neither")
-    count = len(arguments.prompt) * max(arguments.num_images, 1)
-    paths = targets(arguments.out, arguments.prompt[0], count)
-    names = checkpoint.part_names(not arguments.no_t5)
-    opened = checkpoint.Checkpoint.open(
-        arguments.weights, arguments.text_encoders, arguments.tokenizers, names
-    )
-    opened.require(["mmdit"])
-    width, height = arguments.size or (None, None)
-    call = {
-        "prompt": arguments.prompt,
-        "negative_prompt": arguments.negative,
-        "num_images": arguments.num_images,
-        "seed": arguments.seed,
-        "init_image": open_image(arguments.init_image) if arguments.init_image else None,
-        "width": width,
-        "height": height,
-        "steps": arguments.steps,
-        "guidance_scale": arguments.guidance,
-        "shift": arguments.shift,
-        "schedule": arguments.schedule,
-        "sampler": arguments.sampler,
-        "strength": arguments.strength,
-    }
-    check_call(opened.parts["mmdit"].config, opened.defaults, **call)
-    pipe = pipeline.assemble(opened, arguments.device, arguments.dtype, not arguments.no_t5)
-    for image, path in zip(pipe(**call, progress=sys.stderr.isatty()), paths, strict=True):
-        pipeline.save(image, path)
-        print(path)
+def add_explain(parser: argparse.ArgumentParser) -> None:
+    """The options of `sd3min explain`."""
+    parser.set_defaults(run=run_explain)
+    names = f"one of {', '.join(CONVENTIONS)}"
+    parser.add_argument("a", metavar="A", help=names)
+    parser.add_argument("b", metavar="B", help=names)
+    weights = "official file to measure with (default: sd3-tiny)"
+    parser.add_argument("--weights", type=Path, metavar="FILE", help=weights)
+    size = "of the pictures, in pixels (default: the weights' own)"
+    parser.add_argument("--size", type=options.size, metavar="WxH", help=size)
 
 
 def sizes(part: Part) -> str:
@@ -252,6 +115,34 @@ def run_convert(arguments: argparse.Namespace) -> None:
             progress=sys.stderr.isatty(),
         )
     )
+
+
+def run_explain(arguments: argparse.Namespace) -> None:
+    """Print each choice that two conventions differ in, what it changes alone, and why."""
+    a, b = (find_conventions(name).name for name in (arguments.a, arguments.b))
+    opened = checkpoint.Checkpoint.open(arguments.weights)
+    opened.require(["mmdit"])
+    width, height = arguments.size or (None, None)
+    check_call(opened.parts["mmdit"].config, opened.defaults, "", width=width, height=height)
+    pipe = pipeline.assemble(opened)
+    rows = explain(a, b, pipe, arguments.size, progress=sys.stderr.isatty())
+    counted = f"{len(rows)} choices" if len(rows) != 1 else "1 choice"
+    print(f"{a} and {b} differ in {counted}.")
+    if rows:
+        print(f"What each alone changes, of 255 levels, in {PICTURES} pictures as {a} makes them:")
+    for row in rows:
+        print("\n" + described(row, a, b))
+
+
+def described(row: Difference, a: str, b: str) -> str:
+    """A difference in a few lines."""
+    changed = f"{row.share:.2%} of the values change, by {row.mean:.3f} on average"
+    lines = [
+        f"{row.choice}: {row.a} in {a}, {row.b} in {b}",
+        f"  {row.situation}: {changed} and {row.largest} at most",
+        textwrap.fill(row.reason, 96, initial_indent="  ", subsequent_indent="  "),
+    ]
+    return "\n".join(lines)
 
 
 def say(message: object, *_: object) -> None:

@@ -95,6 +95,25 @@ def guide(velocity: Velocity, scale: float) -> Velocity:
     return guided
 
 
+def guide_denoised(velocity: Velocity, scale: float) -> Velocity:
+    """Guidance as the official code has it: of the data pointed at, x0 = x0₋ + s·(x0₊ − x0₋).
+
+    The velocity that points there is `guide`'s but for rounding.
+    """
+    if scale <= 1:
+        return velocity
+
+    def guided(latents: Tensor, t: Tensor) -> Tensor:
+        velocities = velocity(torch.cat([latents, latents]), t).chunk(2)
+        negative, positive = (denoise(latents, v, t) for v in velocities)
+        return (latents - (negative + (positive - negative) * scale)) / t
+
+    return guided
+
+
+GUIDANCE = {"velocity": guide, "denoised": guide_denoised}
+
+
 class Step(NamedTuple):
     """One step of a run, taken at time t: where it started, what was predicted, where it led."""
 
@@ -106,23 +125,53 @@ class Step(NamedTuple):
     next_latents: Tensor
 
 
-def euler(latents: Tensor, velocity: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """One step along the tangent, dz = v·dt (paper §2, Eq. 1), kept in float32."""
-    return (latents.float() + (t_next - t) * velocity).float()
+def euler(
+    latents: Tensor, velocity: Tensor, t: Tensor, t_next: Tensor, before: Step | None = None
+) -> Tensor:
+    """One step along the tangent, dz = v·dt (paper §2, Eq. 1)."""
+    return latents + (t_next - t) * velocity
 
 
-SAMPLERS = {"euler": euler}
+def dpmpp_2m(
+    latents: Tensor, velocity: Tensor, t: Tensor, t_next: Tensor, before: Step | None = None
+) -> Tensor:
+    """One step of DPM-Solver++(2M) as sd3.5 and k-diffusion have it, with λ = −ln t.
+
+    z' = (t'/t)·z + (1 − t'/t)·x̄0, where x̄0 = x0 + (x0 − x0 before)·(λ' − λ) / (2·(λ − λ before))
+    is the data pointed at, carried on to the middle of the step. Without that term this is Euler's
+    step, as the first one and the last are. diffusers' solver of that name takes λ = ln((1 − t)/t).
+    """
+    if before is None or before.t == t or t_next == 0:
+        return euler(latents, velocity, t, t_next)
+    denoised = denoise(latents, velocity, t)
+    weight = torch.log(t / t_next) / torch.log(before.t / t) / 2
+    ahead = denoised + weight * (denoised - before.denoised)
+    return t_next / t * latents + (1 - t_next / t) * ahead
+
+
+SAMPLERS = {"euler": euler, "dpmpp_2m": dpmpp_2m}
 
 
 def steps(
-    velocity: Velocity, noise: Tensor, sigmas: Tensor, sampler: str = "euler"
+    velocity: Velocity,
+    noise: Tensor,
+    sigmas: Tensor,
+    sampler: str = "euler",
+    between: Velocity | None = None,
 ) -> Iterator[Step]:
-    """Follow the velocity from the first time to the last, giving every step as it is taken."""
-    latents = noise
+    """Follow the velocity from the first time to the last, giving every step as it is taken.
+
+    A step is taken in float32 or better, and its latents have the type of the noise. `between` may
+    change those that a step leads to, given them and their time.
+    """
+    latents, before = noise, None
     for i, (t, t_next) in enumerate(pairwise(sigmas)):
         v = velocity(latents, t)
-        following = SAMPLERS[sampler](latents, v, t, t_next)
-        yield Step(i, t, latents, v, denoise(latents, v, t), following)
+        exact = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        following = SAMPLERS[sampler](exact, v, t, t_next, before).to(noise.dtype)
+        following = between(following, t_next) if between else following
+        before = Step(i, t, latents, v, denoise(exact, v, t), following)
+        yield before
         latents = following
 
 

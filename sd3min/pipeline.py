@@ -1,7 +1,5 @@
 """Prompt to picture: text encoders, flow under guidance and autoencoder, one after the other."""
 
-import dataclasses
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
@@ -17,31 +14,48 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-import sd3min
-from sd3min import checkpoint, flow
+from sd3min import checkpoint, flow, record
 from sd3min.autoencoder import Autoencoder, posterior_sample
 from sd3min.config import LATENT_CHANNELS, LATENT_DOWNSCALING, Defaults, Refusal
+from sd3min.conventions import DIFFUSERS, Conventions
 from sd3min.mmdit import MMDiT
 from sd3min.settings import Settings, check_call
 from sd3min.text_encoders import Conditioning, TextEncoders
 
 
+def resized(image: Image.Image, mode: str, size: tuple[int, int] | None) -> Image.Image:
+    """A picture in RGB or grey (mode L), at its own size or at another width and height."""
+    image = image.convert(mode)
+    return image if size in (None, image.size) else image.resize(size, Image.Resampling.LANCZOS)
+
+
 def to_tensor(image: Image.Image, size: tuple[int, int] | None = None) -> Float[Tensor, "1 3 H W"]:
     """A picture as a tensor in −1 to 1, at its own size or at another width and height."""
-    image = image.convert("RGB")
-    if size not in (None, image.size):
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
+    pixels = torch.from_numpy(np.asarray(resized(image, "RGB", size), dtype=np.float32) / 255)
     return 2 * rearrange(pixels, "h w c -> 1 c h w") - 1
 
 
-def to_pictures(images: Float[Tensor, "b 3 H W"]) -> list[Image.Image]:
-    """Tensors in −1 to 1 as pictures, rounded to the nearest of 256 levels."""
-    levels = 255 * (images / 2 + 0.5).clamp(0, 1).float().cpu()
-    return [
-        Image.fromarray(pixels)
-        for pixels in rearrange(levels, "b c h w -> b h w c").round().byte().numpy()
-    ]
+def fit_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A mask in grey, at a width and height; black and white alone stay so, as in diffusers."""
+    grey, fitted = mask.convert("L"), resized(mask, "L", size)
+    soft = any(grey.histogram()[1:-1])
+    return fitted if soft else fitted.point(lambda level: 255 * (level > 127))
+
+
+def to_mask(image: Image.Image, size: tuple[int, int]) -> Float[Tensor, "1 1 h w"]:
+    """A mask as shares of latents to be repainted, each its cell's first pixel, as in diffusers."""
+    cells = np.asarray(fit_mask(image, size), dtype=np.float32) / 255
+    return torch.from_numpy(cells[None, None, ::LATENT_DOWNSCALING, ::LATENT_DOWNSCALING])
+
+
+def to_pictures(images: Float[Tensor, "b 3 H W"], rounding: str = "nearest") -> list[Image.Image]:
+    """Tensors in −1 to 1 as pictures of 256 levels, the nearest or those below ("floor")."""
+    if rounding == "floor":
+        levels = (255 * ((images.float() + 1) / 2).clamp(0, 1)).floor()
+    else:
+        levels = (255 * (images / 2 + 0.5).clamp(0, 1).float()).round()
+    pixels = rearrange(levels.cpu(), "b c h w -> b h w c").byte().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
 
 
 def save(image: Image.Image, path: str | Path) -> None:
@@ -58,6 +72,19 @@ def save(image: Image.Image, path: str | Path) -> None:
         raise Refusal(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def put_under(noise: Tensor, data: Tensor, t: Tensor) -> Tensor:
+    """Latents of time t on the straight path from data to noise, in the type of the noise."""
+    exact = torch.result_type(data, noise)
+    return flow.interpolate(data.to(exact), noise.to(exact), t.to(exact)).to(noise)
+
+
+def paste(picture: Image.Image, start: Image.Image, mask: Image.Image) -> Image.Image:
+    """A picture over the one that it started from, which shows where the mask is black."""
+    size = picture.size
+    touched = fit_mask(mask, size).point(lambda level: 255 * (level > 0))
+    return Image.composite(picture, resized(start, "RGB", size), touched)
 
 
 class Pipeline:
@@ -86,6 +113,7 @@ class Pipeline:
         num_images: int = 1,
         seed: int | Sequence[int] | None = None,
         init_image: Image.Image | None = None,
+        mask_image: Image.Image | None = None,
         on_step: Callable[[flow.Step], None] | None = None,
         progress: bool = True,
         **settings: Any,
@@ -93,78 +121,127 @@ class Pipeline:
         """Pictures of the prompts, `num_images` of each in a row.
 
         `settings` are the fields of `sd3min.Settings`: width, height, steps, guidance_scale, shift,
-        schedule, sigmas, sampler, strength, t5_length; the weights' defaults stand in for those
-        left out or None. With `init_image` the run starts from that picture under noise, at its own
-        size unless one is given. A number as `seed` is the first picture's, and every further
-        picture has the next one. `on_step` sees every step: its latents and those it points at.
-        Raises Refusal, before any work, where a value makes no sense.
+        schedule, sigmas, sampler, strength, t5_length, keep_unmasked, without_t5, conventions;
+        those left out or None are the asked-for conventions' or the weights' own. With `init_image`
+        the run starts from that picture under noise, at its own size unless one is given; with
+        `mask_image` it is repainted where the mask is white, and in part where it is grey. A number
+        as `seed` is the first picture's, and every further picture has the next one. `on_step` sees
+        every step: its latents and those it points at. Raises Refusal, before any work, where a
+        value makes no sense.
         """
+        given = {"num_images": num_images, "seed": seed, **settings}
+        given |= {"init_image": init_image, "mask_image": mask_image}
         prompts, negatives, seeds, chosen = check_call(
-            self.mmdit.config,
-            self.defaults,
-            prompt,
-            negative_prompt,
-            num_images=num_images,
-            seed=seed,
-            init_image=init_image,
-            **settings,
+            self.mmdit.config, self.defaults, prompt, negative_prompt, **given
         )
         generators = [torch.Generator().manual_seed(value) for value in seeds]
 
         times = chosen.times(partly=init_image is not None)
         velocity = self.velocity(prompts, negatives, chosen)
-        latents = self.start(generators, times[0], chosen, init_image)
-        run = flow.steps(velocity, latents, times, chosen.sampler)
+        data, noise = self.start(generators, chosen, init_image)
+        latents = noise if data is None else put_under(noise, data, times[0])
+        between = None
+        if data is not None and mask_image is not None:
+            between = self.masked(data, noise, times, chosen, mask_image)
+        run = flow.steps(velocity, latents, times, chosen.sampler, between)
         for step in tqdm(run, total=len(times) - 1, disable=not progress):
             latents = step.next_latents
             if on_step is not None:
                 on_step(step)
 
-        pictures = to_pictures(self.autoencoder.decode(latents.to(self.dtype)))
-        return self.signed(pictures, prompts, negatives, seeds, chosen)
+        images = self.autoencoder.decode(latents.to(self.dtype))
+        pictures = to_pictures(images, chosen.conventions.rounding)
+        if init_image is not None and mask_image is not None and chosen.keep_unmasked:
+            pictures = [paste(picture, init_image, mask_image) for picture in pictures]
+        return self.signed(pictures, prompts, negatives, seeds, chosen, init_image, mask_image)
 
-    def encode_prompt(self, prompts: Sequence[str], t5_length: int | None = None) -> Conditioning:
+    def encode_prompt(
+        self,
+        prompts: Sequence[str],
+        t5_length: int | None = None,
+        without_t5: str = "zeros",
+        conventions: Conventions = DIFFUSERS,
+    ) -> Conditioning:
         """Context [b, l, c] and pooled vector [b, p]; equal prompts are encoded once."""
         unique = list(dict.fromkeys(prompts))
         places = torch.tensor([unique.index(text) for text in prompts], device=self.device)
-        context, pooled = self.text_encoders.encode(unique, t5_length)
+        context, pooled = self.text_encoders.encode(unique, t5_length, without_t5, conventions)
         return Conditioning(context[places], pooled[places])
+
+    def precision(self, settings: Settings) -> torch.dtype:
+        """Type of latents between steps: float32, or the network's where it is asked for and
+        shorter.
+        """
+        short = self.dtype.itemsize < torch.float32.itemsize
+        return self.dtype if short and settings.conventions.latents == "network" else torch.float32
 
     def velocity(
         self, prompts: list[str], negatives: list[str], settings: Settings
     ) -> flow.Velocity:
-        """The guided velocity as a function of latents and time alone, in float32 or better."""
+        """The guided velocity as a function of latents and time alone."""
         guided = settings.guidance_scale > 1
         context, pooled = self.encode_prompt(
-            negatives + prompts if guided else prompts, settings.t5_length
+            negatives + prompts if guided else prompts,
+            settings.t5_length,
+            settings.without_t5,
+            settings.conventions,
         )
+        precision = torch.promote_types(self.dtype, self.precision(settings))
 
         def predict(latents: Tensor, t: Tensor) -> Tensor:
             timesteps = (flow.TRAINED_TIMES * t).expand(len(latents)).to(self.device)
-            velocity = self.mmdit(latents.to(self.dtype), timesteps, context, pooled)
-            return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
+            return self.mmdit(latents.to(self.dtype), timesteps, context, pooled).to(precision)
 
-        return flow.guide(predict, settings.guidance_scale)
+        return flow.GUIDANCE[settings.conventions.guidance](predict, settings.guidance_scale)
 
     def start(
         self,
         generators: list[torch.Generator],
-        t: Tensor,
         settings: Settings,
         init_image: Image.Image | None,
-    ) -> Float[Tensor, "b c h w"]:
-        """Latents of time t, one for each generator: noise, or the starting picture under it."""
+    ) -> tuple[Float[Tensor, "b c h w"] | None, Float[Tensor, "b c h w"]]:
+        """Latents of the starting picture, if any, and noise, one of each for each generator."""
         h, w = settings.height // LATENT_DOWNSCALING, settings.width // LATENT_DOWNSCALING
-        samples = []
-        if init_image is not None:
-            image = to_tensor(init_image, (settings.width, settings.height))
-            moments = self.autoencoder.moments(image.to(self.device, self.dtype))
-            samples = [posterior_sample(*moments, generator) for generator in generators]
+        data = self.encode_start(generators, settings, init_image) if init_image else None
         noise = torch.cat(
             [torch.randn(1, LATENT_CHANNELS, h, w, generator=generator) for generator in generators]
         )
-        noise = noise.to(self.device)
-        return flow.interpolate(torch.cat(samples).float(), noise, t) if samples else noise
+        return data, noise.to(self.device, self.precision(settings))
+
+    def encode_start(
+        self, generators: list[torch.Generator], settings: Settings, init_image: Image.Image
+    ) -> Float[Tensor, "b c h w"]:
+        """Latents of the starting picture, sampled with each generator or its mode for all."""
+        image = to_tensor(init_image, (settings.width, settings.height))
+        image = image.to(self.device, self.dtype)
+        if settings.conventions.start_sample == "seeded":
+            moments = self.autoencoder.moments(image)
+            samples = [posterior_sample(*moments, generator) for generator in generators]
+        else:
+            samples = [self.autoencoder.encode(image)] * len(generators)
+        return torch.cat(samples)
+
+    def masked(
+        self,
+        data: Tensor,
+        noise: Tensor,
+        times: Float[Tensor, " times"],
+        settings: Settings,
+        mask_image: Image.Image,
+    ) -> flow.Velocity:
+        """What latents become between the steps of inpainting.
+
+        Where the mask is black they go back to the starting picture's under the noise of their
+        time. A grey of share g is held back so until that share of the steps is left, as from a
+        strength of its own (Levin and Fried 2023, "Differential Diffusion").
+        """
+        mask = to_mask(mask_image, (settings.width, settings.height)).to(self.device)
+
+        def between(latents: Tensor, t: Tensor) -> Tensor:
+            left = (times < t).sum() / (len(times) - 1)
+            return torch.where(mask > left.to(self.device), latents, put_under(noise, data, t))
+
+        return between
 
     def signed(
         self,
@@ -173,16 +250,24 @@ class Pipeline:
         negatives: list[str],
         seeds: list[int],
         settings: Settings,
+        init_image: Image.Image | None,
+        mask_image: Image.Image | None,
     ) -> list[Image.Image]:
         """The pictures, each with the record of what made it in its `info`."""
-        modules = (sd3min, torch, transformers)
-        versions = {module.__name__: module.__version__ for module in modules}
-        common = dataclasses.asdict(settings) | {"weights": self.weights, "versions": versions}
+        common = vars(settings) | {
+            "conventions": settings.conventions.name,
+            "init_image": record.pixel_hash(init_image),
+            "mask_image": record.pixel_hash(mask_image, "L"),
+            "t5": self.text_encoders.t5 is not None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "weights": self.weights,
+            "versions": record.current_versions(),
+        }
         for picture, prompt, negative, seed in zip(
             pictures, prompts, negatives, seeds, strict=True
         ):
-            record = {"prompt": prompt, "negative_prompt": negative, "seed": seed} | common
-            picture.info["sd3min"] = json.dumps(record, ensure_ascii=False)
+            own = {"prompt": prompt, "negative_prompt": negative, "seed": seed}
+            picture.info["sd3min"] = record.dumps(own | common)
         return pictures
 
 

@@ -6,7 +6,7 @@ Everything here is a sentence about a value that makes no sense; nothing is comp
 import dataclasses
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral, Real
@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from sd3min import flow
-from sd3min.config import SIZE_STEP, Defaults, MMDiTConfig, Refusal
+from sd3min.config import SIZE_STEP, Defaults, MMDiTConfig, Refusal, released_name
+from sd3min.conventions import DIFFUSERS, WITHOUT_T5, Conventions, find_conventions
 
 
 def is_whole(value: Any, least: int, most: float = math.inf) -> bool:
@@ -34,6 +35,11 @@ def is_number(value: Any, least: float, most: float) -> bool:
 def is_text(value: Any) -> bool:
     """Whether a value is text that a tokenizer can read: half a surrogate pair is not."""
     return isinstance(value, str) and value.encode(errors="replace").decode() == value
+
+
+def is_one_of(value: Any, names: Iterable[str]) -> bool:
+    """Whether a value is one of several names."""
+    return isinstance(value, str) and value in names
 
 
 def is_side(value: Any) -> bool:
@@ -69,6 +75,9 @@ class Settings:
     sampler: str = "euler"
     sigmas: Sequence[float] | None = None  # times before the shift, in place of `steps`
     strength: float = 0.6  # image-to-image: 1 forgets the starting picture
+    keep_unmasked: bool = True  # inpainting: the pixels outside the mask are the starting picture's
+    without_t5: str = "zeros"  # what stands for T5 where it was left out
+    conventions: Conventions = DIFFUSERS  # what else decides
 
     def __post_init__(self) -> None:
         """Refuse the first value that makes no sense."""
@@ -80,8 +89,14 @@ class Settings:
             "guidance_scale": (is_number(self.guidance_scale, 0, 1000), "a number from 0 to 1000"),
             "shift": (is_number(self.shift, 0.001, 1000), "a number from 0.001 to 1000"),
             "t5_length": (is_whole(self.t5_length, 1, 4096), "a whole number from 1 to 4096"),
-            "schedule": (self.schedule in flow.SCHEDULES, f"one of {', '.join(flow.SCHEDULES)}"),
-            "sampler": (self.sampler in flow.SAMPLERS, f"one of {', '.join(flow.SAMPLERS)}"),
+            "schedule": (
+                is_one_of(self.schedule, flow.SCHEDULES),
+                f"one of {', '.join(flow.SCHEDULES)}",
+            ),
+            "sampler": (
+                is_one_of(self.sampler, flow.SAMPLERS),
+                f"one of {', '.join(flow.SAMPLERS)}",
+            ),
             "sigmas": (
                 self.sigmas is None or is_descending(self.sigmas),
                 "a row of times that falls from at most 1 to above 0",
@@ -89,6 +104,11 @@ class Settings:
             "strength": (
                 is_number(self.strength, 0, 1) and self.strength > 0,
                 "a number above 0 and at most 1",
+            ),
+            "keep_unmasked": (isinstance(self.keep_unmasked, bool), "True or False"),
+            "without_t5": (
+                is_one_of(self.without_t5, WITHOUT_T5),
+                f"one of {', '.join(WITHOUT_T5)}",
             ),
         }
         for name, (fits, wanted) in rules.items():
@@ -99,12 +119,21 @@ class Settings:
         """Times of the run, from noise to data, and a last 0.
 
         `partly`, for image-to-image, skips the first steps and keeps about `strength` of them, as
-        many as diffusers keeps.
+        many as the conventions keep.
         """
-        times = flow.sigmas(self.sigmas or self.steps, self.shift, self.schedule)
-        steps = len(times) - 1
-        skipped = int(steps - min(steps * self.strength, steps)) if partly else 0
-        return times[min(skipped, steps - 1) :]
+        count = len(self.sigmas) if self.sigmas else self.steps
+        made, skipped = self.split(count) if partly else (count, 0)
+        times = flow.sigmas(self.sigmas or made, self.shift, self.schedule)
+        return times[min(skipped, made - 1) :]
+
+    def split(self, steps: int) -> tuple[int, int]:
+        """Steps of image-to-image's schedule, and how many of the first ones are skipped."""
+        if self.conventions.start == "steps/strength" and not self.sigmas:
+            made = int(steps / max(self.strength, 0.001))
+            return made, made - steps
+        if self.conventions.start == "steps*(1 - strength)":
+            return steps, int(steps * (1 - self.strength))
+        return steps, int(steps - min(steps * self.strength, steps))
 
 
 def pair_prompts(
@@ -148,6 +177,25 @@ class Call(NamedTuple):
     settings: Settings
 
 
+def check_images(init_image: Any, mask_image: Any) -> None:
+    """Refuse a starting picture or a mask of the wrong kind or size."""
+    for name, image in (("init_image", init_image), ("mask_image", mask_image)):
+        if not isinstance(image, Image.Image | None):
+            raise Refusal(f"{name} is of type {type(image).__name__}: pass a PIL picture")
+    if mask_image is None:
+        return
+    if init_image is None:
+        raise Refusal("mask_image says what to repaint of a starting picture: pass init_image too")
+    if mask_image.size != init_image.size:
+        sizes = ["{}x{}".format(*image.size) for image in (mask_image, init_image)]
+        mend = "pass a mask of the same size"
+        raise Refusal(f"mask_image is {sizes[0]} and init_image {sizes[1]} pixels: {mend}")
+    levels = mask_image.mode in ("1", "L", "P", "RGB", "LA", "PA", "RGBA")
+    if not levels or mask_image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+        mend = "pass grey levels without transparency, white where to repaint"
+        raise Refusal(f"mask_image of mode {mask_image.mode} cannot be read as a mask: {mend}")
+
+
 def check_call(
     config: MMDiTConfig,
     defaults: Defaults,
@@ -156,20 +204,30 @@ def check_call(
     num_images: int = 1,
     seed: int | Sequence[int] | None = None,
     init_image: Image.Image | None = None,
+    mask_image: Image.Image | None = None,
+    conventions: str | Conventions | None = None,
     **settings: Any,
 ) -> Call:
-    """Complete and check what a pipeline is called with; nothing is loaded or computed for it."""
+    """Complete and check what a pipeline is called with; nothing is loaded or computed for it.
+
+    A setting left out is the asked-for conventions', else the weights' own.
+    """
     prompts, negatives = pair_prompts(prompt, negative_prompt, num_images)
     seeds = picture_seeds(seed, len(prompts))
-    own: dict[str, Any] = (
-        {} if init_image is None else {"width": init_image.width, "height": init_image.height}
-    )
-    given = own | {name: value for name, value in settings.items() if value is not None}
-    unknown = given.keys() - Settings.__dataclass_fields__.keys()
+    if init_image is not None or mask_image is not None:
+        check_images(init_image, mask_image)
+    values = dataclasses.asdict(defaults)
+    if conventions is not None:
+        asked = find_conventions(conventions)
+        values |= asked.settings(released_name(config)) | {"conventions": asked}
+    if init_image is not None:
+        values |= {"width": init_image.width, "height": init_image.height}
+    values |= {name: value for name, value in settings.items() if value is not None}
+    known = Settings.__dataclass_fields__
+    unknown = values.keys() - known.keys()
     if unknown:
-        known = ", ".join(Settings.__dataclass_fields__)
-        raise Refusal(f"setting {', '.join(unknown)} is not one of {known}")
-    complete = Settings(**dataclasses.asdict(defaults) | given)
+        raise Refusal(f"setting {', '.join(unknown)} is not one of {', '.join(known)}")
+    complete = Settings(**values)
     if max(complete.width, complete.height) > config.largest_side:
         size = f"{complete.width}x{complete.height}"
         limit = f"pass at most {config.largest_side} pixels a side"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
 from sd3min.config import HEAD_WIDTH, CLIPConfig, T5Config
+from sd3min.conventions import DIFFUSERS, Conventions
 
 ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 
@@ -66,9 +67,16 @@ def t5(config: T5Config) -> T5EncoderModel:
 
 
 def token_ids(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int, name: str
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    length: int,
+    name: str,
+    zero_padding: bool = False,
 ) -> Tensor:
-    """Ids of the prompts, padded or cut to `length`; cuts are one warning that quotes them."""
+    """Ids of the prompts, padded or cut to `length`; cuts are one warning that quotes them.
+
+    Padding is the tokenizer's, or 0.
+    """
     whole = tokenizer(list(prompts), return_offsets_mapping=True, verbose=False)
     cut = [
         prompt[offsets[length - 1][0] :].strip()  # the last place belongs to the end of the text
@@ -81,7 +89,7 @@ def token_ids(
     padded = tokenizer(
         list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     )
-    return padded.input_ids
+    return padded.input_ids * padded.attention_mask if zero_padding else padded.input_ids
 
 
 class TextEncoders(nn.Module):
@@ -104,32 +112,60 @@ class TextEncoders(nn.Module):
         self.t5_length = t5_length
 
     def clip_rows(
-        self, model: CLIPTextModelWithProjection, index: int, prompts: Sequence[str]
+        self,
+        model: CLIPTextModelWithProjection,
+        index: int,
+        prompts: Sequence[str],
+        own: bool = True,
     ) -> Conditioning:
-        """Rows of the second-last layer, and the vector that the model pools and projects."""
-        name = ("CLIP-L", "CLIP-G")[index]
+        """Rows of the second-last layer, and the vector that the model pools and projects.
+
+        Ids are those of its `own` tokenizer, or CLIP-L's with padding of id 0.
+        """
+        name, tokenizer = ("CLIP-L", "CLIP-G")[index], self.tokenizers[index if own else 0]
         length = model.config.max_position_embeddings
-        ids = token_ids(self.tokenizers[index], prompts, length, name).to(model.device)
+        ids = token_ids(tokenizer, prompts, length, name, zero_padding=not own).to(model.device)
         outputs = model(ids, output_hidden_states=True)
         return Conditioning(outputs.hidden_states[-2], outputs.text_embeds)
 
-    def t5_rows(self, prompts: Sequence[str], length: int) -> Float[Tensor, "b l c"]:
+    def t5_rows(
+        self, prompts: Sequence[str], length: int, conventions: Conventions = DIFFUSERS
+    ) -> Float[Tensor, "b l c"]:
         """T5's rows, or as many zeros where it was left out (§5.3.3)."""
         if self.t5 is None:
             return torch.zeros(len(prompts), length, self.context_width)
+        prompts = [prompt[: conventions.t5_characters] for prompt in prompts]
+        if conventions.t5_grows:
+            length = max(length, *map(len, self.tokenizers[2](prompts, verbose=False).input_ids))
         ids = token_ids(self.tokenizers[2], prompts, length, "T5").to(self.t5.device)
         return self.t5(ids).last_hidden_state
 
-    def both_clips(self, prompts: Sequence[str]) -> Conditioning:
+    def both_clips(
+        self, prompts: Sequence[str], conventions: Conventions = DIFFUSERS
+    ) -> Conditioning:
         """Rows of both CLIPs side by side, padded to the context's width, and both pooled."""
+        own = conventions.clip_g_exclamation == "padding"
         l_rows, l_pooled = self.clip_rows(self.clip_l, 0, prompts)
-        g_rows, g_pooled = self.clip_rows(self.clip_g, 1, prompts)
+        g_rows, g_pooled = self.clip_rows(self.clip_g, 1, prompts, own)
         rows = torch.cat([l_rows, g_rows], dim=-1)
         rows = F.pad(rows, (0, self.context_width - rows.shape[-1]))
         return Conditioning(rows, torch.cat([l_pooled, g_pooled], dim=-1))
 
-    def encode(self, prompts: Sequence[str], t5_length: int | None = None) -> Conditioning:
-        """Context and pooled vector of each prompt."""
-        clip_rows, pooled = self.both_clips(prompts)
-        t5_rows = self.t5_rows(prompts, t5_length or self.t5_length).to(clip_rows)
+    def encode(
+        self,
+        prompts: Sequence[str],
+        t5_length: int | None = None,
+        without_t5: str = "zeros",
+        conventions: Conventions = DIFFUSERS,
+    ) -> Conditioning:
+        """Context and pooled vector of each prompt.
+
+        Where T5 was left out, `without_t5` says what stands for its rows: "zeros" or "omit", or
+        "paper", as many zeros as CLIP has rows.
+        """
+        clip_rows, pooled = self.both_clips(prompts, conventions)
+        length = t5_length or self.t5_length
+        if self.t5 is None:
+            length = {"zeros": length, "paper": clip_rows.shape[1], "omit": 0}[without_t5]
+        t5_rows = self.t5_rows(prompts, length, conventions).to(clip_rows)
         return Conditioning(torch.cat([clip_rows, t5_rows], dim=1), pooled)

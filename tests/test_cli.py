@@ -12,7 +12,8 @@ import small
 from PIL import Image
 from safetensors.torch import save_file
 
-from sd3min import cli
+from sd3min import cli, generate
+from sd3min.options import open_image
 
 GOOD = ["generate", "a red star", "--weights", "small.safetensors", "--out", "out.png"]
 QUICK = ["--steps", "1", "--seed", "1"]
@@ -34,6 +35,9 @@ def models(tmp_path_factory):
     Image.new("RGB", (64, 48), "red").save(folder / "red.png")
     Image.new("RGB", (100, 75), "red").save(folder / "odd.png")
     (folder / "text.png").write_text("not a picture")
+    Image.new("L", (64, 48), 255).save(folder / "mask.png")
+    Image.new("LA", (64, 48), (255, 128)).save(folder / "thin.png")
+    Image.new("I;16", (64, 48), 60000).save(folder / "deep.png")
     (folder / "folder.png").mkdir()
     return folder
 
@@ -104,6 +108,20 @@ def options(text):
         ("--init-image red.png --strength 1.5", "strength 1.5 is not"),
         ("--init-image red.png --strength nan", "strength nan is not"),
         ("--strength 0.5", "--strength says how far to leave --init-image: pass both"),
+        ("--mask mask.png", "--mask says what to repaint of --init-image: pass both"),
+        ("--init-image red.png --mask none.png", "--mask none.png does not exist: pass"),
+        ("--init-image red.png --mask text.png", "--mask text.png is not a picture that can"),
+        ("--init-image odd.png --mask mask.png --size 64x48", "64x48 and init_image 100x75 pixels"),
+        ("--init-image red.png --mask thin.png", "mode LA cannot be read as a mask: pass grey"),
+        ("--init-image red.png --mask deep.png", "mode I;16 cannot be read as a mask: pass grey"),
+        ("--conventions a1111", "conventions a1111 is not one of diffusers, sd3-ref, sd3.5, com"),
+        ("--sampler dpmpp", "sampler dpmpp is not one of euler, dpmpp_2m"),
+        ("--t5-length 0", "t5_length 0 is not a whole number from 1"),
+        ("--without-t5 nothing", "without_t5 nothing is not one of zeros, paper, omit"),
+        ("--like none.png", "none.png does not exist: pass a picture that sd3min made"),
+        ("--like text.png", "text.png is not a picture that can be read: pass a PNG"),
+        ("--like folder.png", "folder.png is not a picture that can be read: pass a PNG"),
+        ("--like red.png", "red.png holds no record of sd3min: pass a PNG that sd3min wrote"),
         ("--dtype int8", "dtype int8 is not one of float32, bfloat16, float16"),
         ("--dtype nn", "dtype nn is not one of float32, bfloat16, float16"),
         ("--device foo", "device foo cannot be used here: pass cpu"),
@@ -149,6 +167,11 @@ def test_a_misused_option_is_refused_in_one_sentence_before_any_work(given, said
         ([*GOOD, "--weights", "a\nfile"], "a file does not exist"),
         ([*GOOD, "--out", ""], "is not the name of a PNG"),
         (["inspect", "none"], "none does not exist: pass"),
+        (["explain"], "the following arguments are required: A, B"),
+        (["explain", "diffusers"], "the following arguments are required: B"),
+        (["explain", "diffusers", "a1111"], "conventions a1111 is not one of diffusers, sd3-ref"),
+        (["explain", "sd3-ref", "comfyui", "--weights", "none"], "none does not exist: pass"),
+        (["explain", "sd3-ref", "comfyui", "--size", "60x60"], "width 60 is not a multiple of 16"),
         (["inspect", "text.safetensors"], "no safetensors file"),
     ],
 )
@@ -171,6 +194,12 @@ def test_a_misused_command_is_refused_in_one_sentence(arguments, said, here, cap
         "--weights model.safetensors --text-encoders clip_g.safetensors t5.safetensors "
         "clip_l.safetensors",
         "--tokenizers .",
+        "--conventions sd3-ref",
+        "--conventions sd3.5 --steps 2",
+        "--conventions comfyui --no-t5",
+        "--no-t5 --without-t5 paper",
+        "--init-image red.png --mask mask.png",
+        "--init-image red.png --mask red.png --no-keep-unmasked --strength 1",
         "--out OUT.PNG",
     ],
 )
@@ -235,7 +264,7 @@ def test_a_photo_is_turned_upright(here):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: to be turned by a quarter
     Image.new("RGB", (48, 64), "red").save("turned.jpg", exif=exif)
-    assert cli.open_image(Path("turned.jpg")).size == (64, 48)
+    assert open_image(Path("turned.jpg")).size == (64, 48)
 
 
 def test_a_prompt_that_is_cut_is_a_warning_of_one_line_that_quotes_it(here, capsys):
@@ -250,7 +279,7 @@ def test_a_folder_that_cannot_be_written_is_refused(here, capsys, monkeypatch):
     def deny(dir):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(cli.tempfile, "TemporaryFile", deny)
+    monkeypatch.setattr(generate.tempfile, "TemporaryFile", deny)
     assert "out.png cannot be written (Permission denied)" in refused(GOOD, here, capsys)
 
 
@@ -276,10 +305,25 @@ def test_memory_that_does_not_suffice_is_one_sentence(error, here, capsys, monke
     assert "memory does not suffice: pass a smaller --size" in refused(GOOD, here, capsys)
 
 
+def test_explain_prints_every_choice_with_what_it_changes_and_why(here, capsys):
+    small_model = ["--weights", "small.safetensors", "--size", "32x16"]
+    assert cli.main(["explain", "sd3-ref", "comfyui", *small_model]) == 0
+    output, errors = capsys.readouterr()
+    assert not errors
+    assert output.startswith("sd3-ref and comfyui differ in 4 choices.\n")
+    for name in ("without_t5: zeros in sd3-ref, omit in comfyui", "steps: 50", "start: ", "guid"):
+        assert f"\n\n{name}" in output
+    assert (
+        "image to image, 20 steps at strength 0.8: " in output and "of the values change" in output
+    )
+    assert cli.main(["explain", "sd3-ref", "sd3-ref", *small_model]) == 0
+    assert capsys.readouterr().out == "sd3-ref and sd3-ref differ in 0 choices.\n"
+
+
 def test_help_lists_every_command_and_option(capsys):
     for arguments, words in (
-        (["--help"], ["generate", "inspect"]),
-        (["generate", "--help"], ["--weights", "--negative", "--strength", "--out"]),
+        (["--help"], ["generate", "inspect", "explain"]),
+        (["generate", "--help"], ["--weights", "--negative", "--strength", "--out", "--mask"]),
         (["inspect", "--help"], ["path"]),
     ):
         with pytest.raises(SystemExit) as ended:

@@ -80,6 +80,98 @@ def test_euler_error_halves_with_twice_the_steps():
     assert error(200) / error(100) == pytest.approx(0.5, abs=0.01)
 
 
+def solve(sampler, steps):
+    """z(0) of dz/dt = z, whose data pointed at, z − t·z, changes along the way."""
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    noise = torch.ones(1, 16, 2, 2, dtype=torch.float64)
+    return flow.sample(lambda z, t: z, noise, times, sampler)[0, 0, 0, 0].item()
+
+
+def test_dpmpp_2m_converges_faster_than_euler():
+    """Second order but for its first and last step: twice the steps leave less than a third."""
+
+    def error(sampler, steps):
+        return abs(solve(sampler, steps) - math.exp(-1))
+
+    assert error("dpmpp_2m", 20) < error("euler", 20) / 4
+    assert error("dpmpp_2m", 80) / error("dpmpp_2m", 40) < 1 / 3
+    assert error("euler", 80) / error("euler", 40) > 0.45
+
+
+def test_dpmpp_2m_begins_and_ends_with_a_step_of_euler():
+    noise, times = random(2, 16, 2, 3).float(), flow.sigmas(5)
+
+    def velocity(z, t):
+        return torch.sin(3 * z) + t
+
+    euler, multistep = (
+        list(flow.steps(velocity, noise, times, sampler)) for sampler in ("euler", "dpmpp_2m")
+    )
+    assert torch.equal(euler[0].next_latents, multistep[0].next_latents)
+    assert (euler[1].next_latents - multistep[1].next_latents).abs().max() > 1e-3
+    assert torch.equal(multistep[-1].next_latents, euler_step(multistep[-1], 0.0))
+
+
+def euler_step(step, t_next):
+    return step.latents + (t_next - step.t) * step.velocity
+
+
+def dpmpp_2m_in_numpy(velocity, latents, times):
+    """DPM-Solver++(2M), Lu et al. 2022, in the variables of k-diffusion: λ = −ln t."""
+    before = None
+    for i in range(len(times) - 1):
+        t, following = times[i], times[i + 1]
+        denoised = latents - t * velocity(latents, t)
+        target = denoised
+        if before is not None and following > 0:
+            h, h_before = np.log(t) - np.log(following), np.log(times[i - 1]) - np.log(t)
+            half = h / h_before / 2
+            target = (1 + half) * denoised - half * before
+        latents = following / t * latents + (1 - following / t) * target
+        before = denoised
+    return latents
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 20])
+def test_dpmpp_2m_equals_its_formula(steps):
+    noise, times = random(1, 16, 2, 3), flow.sigmas(steps)
+    expected = dpmpp_2m_in_numpy(
+        lambda z, t: np.sin(3 * z) + t, noise.numpy(), times.double().numpy()
+    )
+    found = flow.sample(lambda z, t: torch.sin(3 * z) + t, noise, times.double(), "dpmpp_2m")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_dpmpp_2m_takes_times_that_are_given_twice():
+    times = torch.tensor([1.0, 0.8, 0.8, 0.5, 0.5, 0.2, 0.0])
+    found = flow.sample(lambda z, t: torch.sin(3 * z), random(1, 16, 2, 3), times, "dpmpp_2m")
+    assert found.isfinite().all()
+
+
+def test_guidance_of_the_denoised_is_guidance_of_the_velocity():
+    latents, t = random(3, 16, 2, 2), torch.tensor(0.3, dtype=torch.float64)
+
+    def velocity(z, t):
+        return torch.cat([torch.sin(z[:3]), torch.cos(z[3:])])
+
+    ours, official = (guide(velocity, 4.5)(latents, t) for guide in flow.GUIDANCE.values())
+    torch.testing.assert_close(official, ours, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(official, ours)
+
+
+def test_latents_can_be_changed_between_steps():
+    seen = []
+
+    def between(latents, t):
+        seen.append(t.item())
+        return latents + 1
+
+    noise, times = random(1, 16, 2, 2).float(), flow.sigmas(3)
+    run = list(flow.steps(lambda z, t: 0 * z, noise, times, between=between))
+    assert seen == times[1:].tolist()
+    torch.testing.assert_close(run[-1].next_latents, noise + 3)
+
+
 def test_steps_give_every_time_and_chain_their_latents():
     noise, times = random(1, 16, 2, 2).float(), flow.sigmas(5)
     seen = list(flow.steps(lambda z, t: z * t, noise, times))
@@ -108,12 +200,13 @@ def test_guidance_leads_away_from_the_negative(scale):
     torch.testing.assert_close(guided, torch.full_like(guided, 1 + scale * 2))
 
 
+@pytest.mark.parametrize("guide", flow.GUIDANCE.values())
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
-def test_guidance_of_one_or_less_is_the_conditional_alone(scale):
+def test_guidance_of_one_or_less_is_the_conditional_alone(scale, guide):
     def velocity(z, t):
         return z + 1
 
-    assert flow.guide(velocity, scale) is velocity
+    assert guide(velocity, scale) is velocity
 
 
 def test_guidance_is_one_batched_pass():

@@ -209,7 +209,11 @@ import numpy as np
 from sd3min import Refusal
 from sd3min.config import Defaults, MMDiTConfig
 from sd3min.settings import check_call
-for change in ({"height": 64.0}, {"steps": "28"}, {"prompt": [3]}, {"seed": 1.5}, {"shift": "3"}):
+for change in (
+    {"height": 64.0}, {"steps": "28"}, {"prompt": [3]}, {"seed": 1.5}, {"shift": "3"},
+    {"init_image": "start.png"}, {"mask_image": np.zeros((16, 16))}, {"keep_unmasked": "yes"},
+    {"conventions": ["sd3-ref"]}, {"sampler": ["euler"]}, {"without_t5": {}},
+):
     try:
         check_call(MMDiTConfig(depth=2), Defaults(), **({"prompt": "a cat"} | change))
     except Refusal as refusal:
@@ -223,7 +227,7 @@ assert len(chosen.times()) == 3
 def test_wrong_types_are_refused_and_numpys_numbers_taken():
     run = [sys.executable, "-c", WRONG_TYPES]
     printed = subprocess.run(run, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(printed) == 5, printed
+    assert len(printed) == 11, printed
 
 
 def test_the_schedule_can_be_chosen(pipe):
@@ -242,3 +246,97 @@ def test_a_gpu_draws_the_same_picture(pipe):
     for given in ({}, {"init_image": start(), "strength": 0.7}):
         difference = np.abs(make(there, **given).astype(int) - make(pipe, **given))
         assert difference.mean() < 0.5
+
+
+def spot(mode="L"):
+    mask = Image.new("L", (64, 48), 0)
+    mask.paste(255, (16, 8, 40, 32))
+    return mask.convert(mode)
+
+
+def test_inpainting_keeps_every_pixel_outside_the_mask_unless_told_not_to(pipe):
+    call = {"init_image": start(), "mask_image": spot(), "strength": 0.8}
+    white = np.asarray(spot()) > 0
+    kept, whole = make(pipe, **call)[0], make(pipe, keep_unmasked=False, **call)[0]
+    assert np.array_equal(kept[~white], np.asarray(start())[~white])
+    assert np.array_equal(kept[white], whole[white])
+    assert not np.array_equal(whole[~white], np.asarray(start())[~white])
+    assert not np.array_equal(kept[white], np.asarray(start())[white])
+
+
+def test_a_black_mask_repaints_nothing_and_a_white_one_is_image_to_image(pipe):
+    black, white = (Image.new("L", (64, 48), level) for level in (0, 255))
+    call = {"init_image": start(), "strength": 0.8}
+    assert np.array_equal(make(pipe, mask_image=black, **call)[0], np.asarray(start()))
+    assert np.array_equal(make(pipe, mask_image=white, **call), make(pipe, **call))
+
+
+def test_black_latents_end_as_the_starting_pictures_and_pass_through_its_noise(pipe):
+    seen = []
+    given = {"init_image": start(), "mask_image": spot(), "strength": 1.0, "steps": 4}
+    pipe(PROMPT, seed=4, progress=False, on_step=seen.append, **given)
+    generator = torch.Generator().manual_seed(4)
+    moments = pipe.autoencoder.moments(sd3min.pipeline.to_tensor(start()))
+    data = sd3min.autoencoder.posterior_sample(*moments, generator)
+    noise = torch.randn(1, 16, 6, 8, generator=generator)
+    for step, t in zip(seen, [*(step.t for step in seen[1:]), torch.tensor(0.0)], strict=True):
+        expected = flow.interpolate(data, noise, t)
+        found = step.next_latents
+        torch.testing.assert_close(found[:, :, :, 5:], expected[:, :, :, 5:])
+        assert (found - expected)[:, :, 1:4, 2:5].abs().min() > 1e-6
+
+
+def test_grey_is_held_back_until_its_share_of_the_steps_is_left(pipe):
+    """At 8 steps, half grey is free from the one after which 4 are left."""
+    seen = []
+    mask = Image.new("L", (64, 48), 0)
+    mask.paste(128, (16, 8, 40, 32))
+    mask.paste(255, (48, 0, 64, 48))
+    given = {"init_image": start(), "mask_image": mask, "strength": 1.0, "steps": 8}
+    pipe(PROMPT, seed=4, progress=False, on_step=seen.append, **given)
+    mode = pipe.autoencoder.encode(
+        sd3min.pipeline.to_tensor(start()), torch.Generator().manual_seed(4)
+    )
+    noise = seen[0].latents
+    for step in seen[:-1]:
+        held = flow.interpolate(mode, noise, seen[step.i + 1].t)
+        free = (step.next_latents - held).abs() > 1e-5
+        assert not free[:, :, 5:, :5].any() and free[:, :, :, 6:].float().mean() > 0.9
+        grey = free[:, :, 1:4, 2:5]
+        assert grey.float().mean() > 0.9 if step.i >= 3 else not grey.any()
+
+
+def test_a_mask_of_black_and_white_stays_so_at_another_size():
+    mask, soft = spot(), Image.linear_gradient("L")
+    assert set(np.unique(np.asarray(sd3min.pipeline.fit_mask(mask, (48, 32))))) == {0, 255}
+    assert len(np.unique(np.asarray(sd3min.pipeline.fit_mask(soft, (48, 32))))) > 20
+    cells = sd3min.pipeline.to_mask(mask, (64, 48))[0, 0]
+    assert cells.shape == (6, 8) and cells[1:4, 2:5].min() == 1 and cells.sum() == 9
+
+
+def test_masks_of_every_readable_mode_are_the_same(pipe):
+    call = {"init_image": start(), "steps": 2}
+    expected = make(pipe, mask_image=spot(), **call)
+    for mode in ("1", "P", "RGB", "RGBA", "LA"):
+        assert np.array_equal(make(pipe, mask_image=spot(mode), **call), expected)
+
+
+BAD_PICTURES = {
+    "mask without a start": ({"init_image": None}, "pass init_image too"),
+    "mask of another size": ({"mask_image": Image.new("L", (48, 64))}, "48x64 and init_image 64x"),
+    "mask that is thin": ({"mask_image": Image.new("RGBA", (64, 48), (9, 9, 9, 9))}, "mode RGBA"),
+    "deep mask": ({"mask_image": Image.new("I", (64, 48))}, "mode I cannot be read as a mask"),
+    "mask of floats": ({"mask_image": Image.new("F", (64, 48))}, "mode F cannot be read"),
+    "unknown conventions": ({"conventions": "webui"}, "conventions webui is not one of diffusers"),
+    "unknown meaning of no T5": ({"without_t5": "none"}, "without_t5 none is not one of zeros, pa"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PICTURES)
+def test_a_bad_picture_or_convention_is_refused_before_any_work(case):
+    change, sentence = BAD_PICTURES[case]
+    config, good = small.VARIANTS["SD3-medium"], {"init_image": start(), "mask_image": spot()}
+    check_call(config, Defaults(), PROMPT, **good)
+    with pytest.raises(sd3min.Refusal, match=sentence) as refusal:
+        check_call(config, Defaults(), PROMPT, **(good | change))
+    assert "\n" not in str(refusal.value)

@@ -25,6 +25,7 @@ LAYERS = (  # a module imports only from those above it
     "conventions",
     "flow",
     "settings",
+    "record",
     "mmdit",
     "autoencoder",
     "text_encoders",
@@ -38,10 +39,13 @@ LAYERS = (  # a module imports only from those above it
     "checkpoint",
     "convert",
     "pipeline",
+    "differences",
     "fast",
     "training",
     "probes",
     "explorer",
+    "options",
+    "generate",
     "cli",
 )
 PLACES = {  # where the paper says what a function computes

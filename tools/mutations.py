@@ -29,11 +29,15 @@ ROOT = Path(__file__).parents[1]
 COPIED = ("sd3min", "tests", "pyproject.toml", "README.md")
 LINKED = ("weights",)  # read only
 SMALL = ("-k", "not sd3-tiny")  # small random models notice as much, and sooner
-PICTURES = ("test_pipeline.py", "parity/test_pictures.py")
+PICTURES = ("test_pipeline.py", "parity/test_conventions.py", "parity/test_pictures.py")
 TESTS = {  # by the file that is changed; those that are quick come first
     "mmdit.py": ("test_mmdit.py", "parity/test_mmdit.py"),
     "autoencoder.py": ("test_autoencoder.py", "parity/test_autoencoder.py"),
-    "text_encoders.py": ("test_text_encoders.py", "parity/test_text_encoders.py"),
+    "text_encoders.py": (
+        "test_text_encoders.py",
+        "parity/test_text_encoders.py",
+        "parity/test_conventions.py",
+    ),
     "flow.py": ("test_flow.py", *PICTURES),
     "settings.py": ("test_settings.py", *PICTURES),
     "pipeline.py": PICTURES,
