@@ -1,4 +1,5 @@
-"""The commands: `sd3min generate` makes pictures, `sd3min inspect` says what a file holds.
+"""The commands: `sd3min generate` makes pictures, `sd3min inspect` says what a file holds, `sd3min
+verify` checks it.
 
 A call that cannot be carried out ends before any work, with exit code 2 and one sentence.
 """
@@ -17,9 +18,10 @@ from typing import NoReturn
 
 from PIL import Image, ImageOps
 
-from sd3min import checkpoint, flow, pipeline
+from sd3min import checkpoint, flow, pipeline, probes
 from sd3min.config import PRESETS, Refusal
 from sd3min.parts import TITLES, Part
+from sd3min.probes import report, table
 from sd3min.settings import check_call
 
 MOST_PICTURES = 100  # of one run: their numbers have two digits
@@ -67,11 +69,12 @@ def size(value: str) -> tuple[int, int]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Both commands and their options."""
+    """The commands and their options."""
     parser = Parser(prog="sd3min", description="Stable Diffusion 3, small enough to read.")
     commands = parser.add_subparsers(metavar="command", parser_class=Parser)
     add_generate(commands.add_parser("generate", help="make pictures of prompts"))
     add_inspect(commands.add_parser("inspect", help="say what a file holds"))
+    add_verify(commands.add_parser("verify", help="check a file, part by part, against diffusers"))
     return parser
 
 
@@ -108,6 +111,18 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     """The options of `sd3min inspect`."""
     parser.set_defaults(run=run_inspect)
     parser.add_argument("path", type=Path, nargs="?", help="official file (default: sd3-tiny)")
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """The options of `sd3min verify`."""
+    parser.set_defaults(run=run_verify)
+    add = parser.add_argument
+    add("path", type=Path, nargs="?", help="official file (default: sd3-tiny)")
+    encoders = "files of encoders that the first lacks"
+    add("--text-encoders", type=Path, nargs="+", metavar="FILE", help=encoders)
+    tokenizers = "holds tokenizer, tokenizer_2, tokenizer_3 (default: beside the file)"
+    add("--tokenizers", type=Path, metavar="FOLDER", help=tokenizers)
+    add("--report", type=Path, metavar="HTML", help="page to write, with both pictures")
 
 
 def targets(out: Path | None, prompt: str, count: int) -> list[Path]:
@@ -202,20 +217,42 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     print("\n".join([*lines, f"  missing: {', '.join(missing) or 'nothing'}"]))
 
 
+def run_verify(arguments: argparse.Namespace) -> int:
+    """Print the table line by line; 1 where a line failed."""
+    if arguments.report:
+        report.check_target(arguments.report)
+    given = arguments.path, arguments.text_encoders, arguments.tokenizers
+    checks = []
+    for check in probes.verify(*given):
+        lines = [] if checks else [table.line(table.HEAD)]
+        checks.append(check)
+        print(*lines, table.line(table.cells(check)), sep="\n", flush=True)
+    failed = [check for check in checks if check.passed is False]
+    found = "nothing failed" if not failed else f"{len(failed)} of {len(checks)} checks failed"
+    print(found)
+    if arguments.report:
+        path = checkpoint.Checkpoint.open(*given).path
+        page = report.page(f"{path.name}: {found}", report.versions(), checks)
+        report.write(arguments.report, page)
+        print(arguments.report)
+    return 1 if failed else 0
+
+
 def say(message: object, *_: object) -> None:
     """Print a refusal or a warning as one line."""
     print("sd3min:", *str(message).split(), file=sys.stderr)
 
 
-def run(arguments: Sequence[str] | None) -> None:
-    """Run a command."""
+def run(arguments: Sequence[str] | None) -> int:
+    """Run a command; returns the exit code."""
     parsed = make_parser().parse_args(arguments)
     if "run" not in parsed:
         raise Refusal("no command was given: pass generate or inspect (see sd3min --help)")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of a file name that it cannot show
-    parsed.run(parsed)
+    code = parsed.run(parsed) or 0
     sys.stdout.flush()
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -224,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = say
-            run(arguments)
+            return run(arguments)
     except Refusal as refusal:
         say(refusal)
         return 2
@@ -239,4 +276,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         say("the memory does not suffice: pass a smaller --size, fewer images or --dtype bfloat16")
         return 2
-    return 0

@@ -63,11 +63,11 @@ def place() -> str:
 
 
 class Piece(NamedTuple):
-    """A module's share of a named tensor: the `index`-th of `count` that stand side by side."""
+    """A module's share of a named tensor: one of several that stand side by side."""
 
     name: str
-    index: int = 0
-    count: int = 1
+    place: int = 0
+    of: int = 1
     ours: Callable[[Tensor], Tensor] = lambda output: output
 
 
@@ -103,7 +103,9 @@ def tensors_of(value: Any) -> list[Tensor]:
         return [value]
     if isinstance(value, Mapping):
         value = list(value.values())
-    return [t for item in value for t in tensors_of(item)] if isinstance(value, list | tuple) else []
+    return (
+        [t for item in value for t in tensors_of(item)] if isinstance(value, list | tuple) else []
+    )
 
 
 class Recorder:
@@ -150,7 +152,7 @@ class Recorder:
 
     def enter(self, piece: Piece, _: nn.Module, given: tuple[Any, ...]) -> None:
         """What a layer is given; of layers side by side, the first speaks for all."""
-        if piece.index == 0 and isinstance(given[0], Tensor):
+        if piece.place == 0 and isinstance(given[0], Tensor):
             name = f"{piece.name}.in"
             self.add(name, self.shaped(name, given[0]))
 
@@ -158,9 +160,9 @@ class Recorder:
         """What a layer makes of it, once all that stand side by side are there."""
         side_by_side = self.pieces.setdefault(piece.name, [])
         side_by_side.append(output)
-        if len(side_by_side) == piece.count:
+        if len(side_by_side) == piece.of:
             name = f"{piece.name}.out"
-            whole = torch.cat(side_by_side, -1) if piece.count > 1 else output
+            whole = torch.cat(side_by_side, -1) if piece.of > 1 else output
             self.add(name, piece.ours(self.shaped(name, whole)))
             side_by_side.clear()
 

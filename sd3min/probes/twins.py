@@ -15,6 +15,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from torch import Tensor
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
 from sd3min import formats
@@ -111,6 +112,13 @@ def t5(ours: T5EncoderModel) -> T5EncoderModel:
         model = T5EncoderModel(config)
         model.encoder.embed_tokens = model.shared
     return fill(model, ours.state_dict())
+
+
+def sigmas(steps: int, shift: float) -> Tensor:
+    """The times of a run, by diffusers' scheduler."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    return torch.as_tensor(scheduler.sigmas)
 
 
 def pipeline(

@@ -284,7 +284,5 @@ RUNG_2: dict[str, Callable[[], Pair]] = {
 RUNG_4: dict[str, Callable[[], Pair]] = {
     "autoencoder": lambda: autoencoder_pair(128, 5, HALF),
     "text encoders": lambda: text_pair(FIVE_PROMPTS, HALF),
-    **{
-        variant: functools.partial(mmdit_pair, variant, 5, HALF) for variant in reversed(VARIANTS)
-    },
+    **{variant: functools.partial(mmdit_pair, variant, 5, HALF) for variant in reversed(VARIANTS)},
 }

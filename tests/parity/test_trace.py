@@ -1,4 +1,4 @@
-"""Traces show every tensor under one name on both sides, and the first that differs is the break."""
+"""Traces name every tensor alike on both sides, and the first that differs is the break."""
 
 import linecache
 import re
@@ -226,8 +226,8 @@ def test_a_corner_crop_of_the_positions_here_is_found_before_the_first_block(pai
     monkeypatch.setattr(
         MMDiT,
         "positions",
-        lambda self, h, w: (
-            self.pos_embed.unflatten(1, (self.config.grid, -1))[:, :h, :w].flatten(1, 2)
+        lambda self, h, w: self.pos_embed.unflatten(1, (self.config.grid, -1))[:, :h, :w].flatten(
+            1, 2
         ),
     )
     found = probes.first_difference(*traces(ours, theirs), ROUNDED)
@@ -297,7 +297,7 @@ def test_a_trace_of_no_network_and_two_with_nothing_in_common_are_refused(pair):
 def test_a_call_that_fails_leaves_no_hooks(pair):
     ours, _ = pair
     given, _ = inputs(ours)
-    with pytest.raises(Exception, match="."):
+    with pytest.raises(RuntimeError, match="channels"):
         probes.trace(ours, given[0][:, :3], *given[1:])
     hooks = [m for m in ours.modules() if m._forward_hooks or m._forward_pre_hooks]
     assert hooks == []
