@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ def mmdit_check(opened: Checkpoint) -> Check:
 def autoencoder_checks(opened: Checkpoint) -> Iterator[Check]:
     """Mean and log variance of a drawn picture, and the picture of its latents."""
     autoencoder, image = load(opened, "autoencoder"), drawn_picture()
-    model = twins.vae(autoencoder)
+    model: Any = twins.vae(autoencoder)
     with computing_in(torch.float32, autoencoder):
         latents = autoencoder.encode(image)
 
@@ -243,7 +244,7 @@ def picture_check(opened: Checkpoint) -> Check:
     mmdit, autoencoder = load(opened, "mmdit"), load(opened, "autoencoder")
     theirs = twins.pipeline(encoders, mmdit, autoencoder, defaults.shift)
     width, height = (min(side, 128) for side in (defaults.width, defaults.height))
-    steps = min(defaults.steps, 20 if small else 2)
+    steps = min(defaults.steps, 8 if small else 2)
     shape = (1, LATENT_CHANNELS, height // LATENT_DOWNSCALING, width // LATENT_DOWNSCALING)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     modules = [mmdit, autoencoder, theirs.transformer, theirs.vae]
@@ -252,8 +253,8 @@ def picture_check(opened: Checkpoint) -> Check:
     for dtype in (torch.float32, *([torch.float64] if small else [])):
         with computing_in(dtype, *modules):
             pipe = Pipeline(mmdit, autoencoder, encoders, defaults)
-            size = {"width": width, "height": height}
-            ours = pipe(PROMPTS[0], seed=0, steps=steps, progress=False, **size)[0]
+            call = partial(pipe, PROMPTS[0], seed=0, progress=False)
+            ours = call(width=width, height=height, steps=steps)[0]
             pictures[dtype] = ours, their_picture(theirs, pipe, noise, steps)
     return judge_pictures(pictures, mmdit.config.qk_norm, f"{width}x{height}, {steps} steps")
 
