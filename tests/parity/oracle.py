@@ -12,6 +12,8 @@ from sd3min.pipeline import Pipeline
 from sd3min.probes import twins
 
 RUNG_1 = 1e-10  # float64, relative
+RUNG_2 = 1e-5  # float32, relative
+RUNG_4 = 1.05  # bfloat16, of diffusers' own error
 RUNG_1_QK_NORM = 1e-6  # diffusers takes the variance of queries and keys in float32
 
 
