@@ -15,9 +15,9 @@ from torch import Tensor, nn
 WHOLE = 250_000_000  # parameters of a module that is converted as one
 
 
-def own_tensors(module: nn.Module, inside: bool = True) -> list[Tensor]:
-    """Floating-point weights and buffers, those of submodules included or not."""
-    tensors = [*module.parameters(inside), *module.buffers(inside)]
+def own_tensors(module: nn.Module) -> list[Tensor]:
+    """Floating-point weights and buffers, those of submodules included."""
+    tensors = [*module.parameters(), *module.buffers()]
     return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 
