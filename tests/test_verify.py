@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sd3min import cli, mmdit, probes
 from sd3min.checkpoint import PREFIXES, Checkpoint
 from sd3min.config import Refusal
-from sd3min.probes import checks, report
+from sd3min.probes import checks, report, table
 
 ALONE = {"sizes", "values", "positions", "pictures"}
 COMPARED = {"velocity", "encode", "decode", "rows", "shift 3", "picture"}
@@ -178,23 +178,27 @@ def test_what_the_memory_does_not_hold_is_said(folder, monkeypatch):
     assert re.fullmatch(r"float64 needs 0\.\d GiB of memory and 0\.0 are free", check.note)
 
 
-def test_the_command_prints_the_table_and_ends_with_1_where_a_check_failed(
-    folder, tmp_path, capsys, monkeypatch
-):
+def test_the_shipped_model_passes_every_check_and_has_a_page(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = str(folder / "small.safetensors")
-    assert cli.main(["verify", path, "--report", "out.html"]) == 1
+    assert cli.main(["verify", "--report", "out.html"]) == 0
     output, errors = capsys.readouterr()
-    lines = output.splitlines()
-    assert lines[0].split() == list(probes.table.HEAD)
-    assert lines[-2:] == ["1 of 20 checks failed", "out.html"]
-    assert "FAILED: a drawn picture comes back at" in output
-    assert not errors
+    head, *lines, found, name = output.splitlines()
+    assert head.split() == list(table.HEAD)
+    assert len(lines) == 20 and all("  passed" in line for line in lines), output
+    assert (found, name, errors) == ("nothing failed", "out.html", "")
     assert [file.name for file in tmp_path.iterdir()] == ["out.html"]
     page = Path("out.html").read_text()
     assert page.count('src="data:image/png;base64,') == 3
-    assert not re.search(r"(src|href)=\"?(?!data:)", page), "nothing is fetched"
-    assert page.count("<tr>") == 21
+    assert not re.search(r"(src|href)=(?!.data:)|url\(", page), "nothing is fetched"
+    assert page.count("<tr>") == 21 and page.count("class='passed'") == 20
+
+
+def test_the_command_ends_with_1_where_a_check_failed(folder, capsys):
+    assert cli.main(["verify", str(folder / "bare.safetensors")]) == 1
+    output, errors = capsys.readouterr()
+    assert "FAILED: a drawn picture comes back at" in output
+    assert output.splitlines()[-1] == "1 of 11 checks failed"
+    assert not errors
 
 
 def test_the_difference_of_two_pictures_is_amplified_and_says_by_how_much(whole):
@@ -229,6 +233,11 @@ def test_a_bad_call_is_refused_before_any_work(given, said, tmp_path, capsys, mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_missing_tokenizers_are_refused_before_any_work(folder, tmp_path):
+    with pytest.raises(Refusal, match="tokenizer"):
+        next(probes.verify(folder / "small.safetensors", tokenizers=tmp_path))
+
+
 def test_a_misshapen_part_is_refused(folder, tmp_path):
     tensors = load_file(folder / "bare.safetensors")
     del tensors[PREFIXES["mmdit"] + "joint_blocks.0.x_block.mlp.fc1.bias"]
@@ -247,9 +256,3 @@ def test_without_diffusers_a_file_is_checked_alone():
     assert "not compared: diffusers cannot be imported; install it" in done.stdout
     assert done.stdout.count("passed") == 12
     assert not done.stderr
-
-
-def test_sd3_tiny_passes_every_check():
-    found = list(probes.verify())
-    assert len(found) == 20
-    assert all(check.passed for check in found), [check.verdict for check in found]

@@ -20,6 +20,7 @@ from sd3min.probes.precision import computing_in
 from sd3min.training import scenes
 
 LEAST_PSNR = 20.0  # dB; sd3-tiny has 34, and an autoencoder of other weights below 10
+ENCODERS = {"clip_l", "clip_g", "t5"}
 RELEASED = {  # parameters of the released models
     "SD3-medium": 2_028_328_000,
     "SD3.5-medium": 2_243_171_520,

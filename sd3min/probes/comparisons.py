@@ -18,7 +18,7 @@ from sd3min.mmdit import MMDiT
 from sd3min.parts import TITLES
 from sd3min.pipeline import Pipeline
 from sd3min.probes import twins
-from sd3min.probes.checks import Check, drawn_picture, load, working_type
+from sd3min.probes.checks import ENCODERS, Check, drawn_picture, load, working_type
 from sd3min.probes.precision import available, computing_in, needed
 from sd3min.probes.trace import SINGLE, first_difference, relative, trace
 from sd3min.text_encoders import TextEncoders
@@ -28,7 +28,6 @@ ROUNDED = 1e-6  # the same where diffusers takes the variance of queries and key
 ONE_ULP = 1.2e-7  # of times near 1 in float32
 FLOAT32_SHARE = 0.005  # of a picture's values may differ in float32, by one level
 WHOLE_RUN = ("mmdit", "autoencoder", "clip_l", "clip_g")  # T5 may be left out
-ENCODERS = {"clip_l", "clip_g", "t5"}
 PROMPTS = ["a red circle above a blue square on gray", ""]
 
 Run = Callable[[torch.dtype], Tensor]
@@ -41,12 +40,12 @@ def precisions(modules: Sequence[nn.Module]) -> list[torch.dtype]:
     return [dtype for dtype in (torch.float32, torch.float64) if needed(dtype, *modules) <= free]
 
 
-def too_large(modules: Sequence[nn.Module]) -> str:
+def too_large(modules: Sequence[nn.Module], dtype: torch.dtype = torch.float64) -> str:
     """What the memory lacks, in words; empty where it suffices."""
-    wanted, free = needed(torch.float64, *modules), available()
+    wanted, free, name = needed(dtype, *modules), available(), str(dtype).removeprefix("torch.")
     if wanted <= free:
         return ""
-    return f"float64 needs {wanted / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free"
+    return f"{name} needs {wanted / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free"
 
 
 def judge(
@@ -250,12 +249,14 @@ def picture_check(opened: Checkpoint) -> Check:
     modules = [mmdit, autoencoder, theirs.transformer, theirs.vae]
     modules += encoder_modules(encoders, theirs)
     pictures: dict[torch.dtype, tuple[Image.Image, Image.Image]] = {}
-    for dtype in (torch.float32, *([torch.float64] if small else [])):
+    for dtype in precisions(modules)[: 2 if small else 1]:
         with computing_in(dtype, *modules):
             pipe = Pipeline(mmdit, autoencoder, encoders, defaults)
             call = partial(pipe, PROMPTS[0], seed=0, progress=False)
             ours = call(width=width, height=height, steps=steps)[0]
             pictures[dtype] = ours, their_picture(theirs, pipe, noise, steps)
+    if not pictures:
+        return Check("whole run", "picture", None, too_large(modules, torch.float32))
     return judge_pictures(pictures, mmdit.config.qk_norm, f"{width}x{height}, {steps} steps")
 
 

@@ -7,11 +7,25 @@ the same ones, and a block is converted to float32 or float64 when it runs.
 import logging
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from typing import Any
 
 import torch
 
 from sd3min.checkpoint import AnyPath, Checkpoint
-from sd3min.probes.checks import Check, alone
+from sd3min.probes.checks import ENCODERS, Check, alone
+
+
+def find_comparisons() -> Any:
+    """The module that compares with diffusers; None where that is not installed."""
+    quiet = logging.getLogger("transformers")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)  # it tells of image processors, which nothing here uses
+    try:
+        return import_module("sd3min.probes.comparisons")
+    except ImportError:
+        return None
+    finally:
+        quiet.setLevel(level)
 
 
 @torch.no_grad()
@@ -22,22 +36,21 @@ def verify(
 ) -> Iterator[Check]:
     """The lines of the table, as they are found out; arguments are those of `sd3min.load`.
 
-    Without diffusers only what the files say themselves is checked. Raises Refusal where they
-    cannot be used at all.
+    Without diffusers only what the files say themselves is checked. Raises Refusal, before any
+    work, where they cannot be used at all.
     """
     opened = Checkpoint.open(path, text_encoders, tokenizers)
     opened.require(list(opened.parts))
+    comparisons = find_comparisons()
+    if comparisons and {"clip_l", "clip_g"} <= opened.parts.keys():
+        opened.context_width()
+        for name in ENCODERS & opened.parts.keys():
+            opened.load_tokenizer(name)
+
     for name in opened.parts:
         yield from alone(opened, name)
-    quiet = logging.getLogger("transformers")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)  # it tells of image processors, which nothing here uses
-    try:
-        comparisons = import_module("sd3min.probes.comparisons")
-    except ImportError:
+    if comparisons:
+        yield from comparisons.compare(opened)
+    else:
         why = "diffusers cannot be imported; install it with pip install diffusers"
         yield Check("all", "diffusers", None, why)
-        return
-    finally:
-        quiet.setLevel(level)
-    yield from comparisons.compare(opened)
