@@ -190,11 +190,9 @@ def text_sides(
 def text_checks(opened: Checkpoint) -> Iterator[Check]:
     """Rows and pooled vectors from raw strings, through diffusers' `encode_prompt`."""
     encoders = load_encoders(opened)
-    mmdit = None
-    if encoders.t5 is None:  # diffusers asks the network how wide its zeros are
-        with torch.device("meta"):
-            mmdit = MMDiT(MMDiTConfig(1, encoders.context_width))
-    pipe = twins.pipeline(encoders, mmdit)
+    small = MMDiTConfig(1, encoders.context_width, grid=1)
+    asked = MMDiT(small) if encoders.t5 is None else None  # how wide the zeros in T5's place are
+    pipe = twins.pipeline(encoders, asked)
     sides = list(text_sides(opened, encoders, pipe))
     note = too_large(encoder_modules(encoders, pipe))
     for name in ("clip_l", "clip_g", "t5"):
@@ -257,7 +255,8 @@ def picture_check(opened: Checkpoint) -> Check:
             pictures[dtype] = ours, their_picture(theirs, pipe, noise, steps)
     if not pictures:
         return Check("whole run", "picture", None, too_large(modules, torch.float32))
-    return judge_pictures(pictures, mmdit.config.qk_norm, f"{width}x{height}, {steps} steps")
+    run = f"{width}x{height}, {steps} steps{'' if encoders.t5 else ', without T5'}"
+    return judge_pictures(pictures, mmdit.config.qk_norm, run)
 
 
 def judge_pictures(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sd3min import cli, mmdit, probes
 from sd3min.checkpoint import PREFIXES, Checkpoint
 from sd3min.config import Refusal
-from sd3min.probes import checks, report, table
+from sd3min.probes import checks, comparisons, report, table
 
 ALONE = {"sizes", "values", "positions", "pictures"}
 COMPARED = {"velocity", "encode", "decode", "rows", "shift 3", "picture"}
@@ -28,6 +28,8 @@ def folder(tmp_path_factory):
     pipe = small.pipeline(folder)
     small.save_official(pipe, folder / "small.safetensors")
     small.save_official(pipe, folder / "bare.safetensors", ("mmdit", "autoencoder"))
+    without_t5 = ("mmdit", "autoencoder", "clip_l", "clip_g")
+    small.save_official(pipe, folder / "without_t5.safetensors", without_t5)
     return folder
 
 
@@ -54,6 +56,12 @@ def alone(path):
     return {(check.part, check.what): check for check in found}
 
 
+def compared(path):
+    """What is found out with diffusers."""
+    with torch.no_grad():
+        return list(comparisons.compare(Checkpoint.open(path)))
+
+
 def failed(found):
     return {(check.part, check.what) for check in found if check.passed is False}
 
@@ -77,21 +85,20 @@ def test_each_comparison_has_counts_and_both_errors(whole):
 
 
 @pytest.mark.parametrize(
-    ("part", "title", "name"),
+    ("part", "title", "name", "number"),
     [
-        ("mmdit", "MMDiT", "joint_blocks.1.x_block.mlp.fc1.weight"),
-        ("autoencoder", "autoencoder", "decoder.conv_in.bias"),
-        ("clip_l", "CLIP-L", "text_model.final_layer_norm.weight"),
-        ("clip_g", "CLIP-G", "text_projection.weight"),
-        ("t5", "T5", "encoder.block.1.layer.1.DenseReluDense.wo.weight"),
+        ("mmdit", "MMDiT", "joint_blocks.1.x_block.mlp.fc1.weight", "nan"),
+        ("autoencoder", "autoencoder", "decoder.conv_in.bias", "inf"),
+        ("clip_l", "CLIP-L", "text_model.final_layer_norm.weight", "nan"),
+        ("clip_g", "CLIP-G", "text_projection.weight", "-inf"),
+        ("t5", "T5", "encoder.block.1.layer.1.DenseReluDense.wo.weight", "inf"),
     ],
 )
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_value_that_is_no_number_is_found_in_its_tensor(
     folder, tmp_path, part, title, name, number
 ):
     def change(tensor):
-        tensor.view(-1)[3:5] = number
+        tensor.view(-1)[3:5] = float(number)
 
     found = alone(altered(folder, tmp_path / "bad.safetensors", part, name, change))
     wrong = found[title, "values"]
@@ -137,12 +144,12 @@ def test_a_released_size_is_recognised_by_its_count(tmp_path):
         assert check.parameters == checks.RELEASED[name]
 
 
-def test_a_trained_autoencoder_brings_a_picture_back_and_a_shifted_one_does_not():
+def test_a_trained_autoencoder_brings_a_picture_back_and_a_deaf_one_does_not():
     opened = Checkpoint.open()
     autoencoder = checks.load(opened, "autoencoder")
     with torch.no_grad():
         assert checks.reconstruction_check(autoencoder).passed
-        autoencoder.decoder.conv_out.bias += 0.3
+        autoencoder.decoder.conv_in.weight.zero_()
         worse = checks.reconstruction_check(autoencoder)
     assert worse.passed is False
     assert worse.note.endswith("dB, below 20")
@@ -169,9 +176,25 @@ def test_parts_that_are_missing_are_not_compared(folder):
     assert "rows" not in {check.what for check in found}
 
 
-def test_what_the_memory_does_not_hold_is_said(folder, monkeypatch):
-    from sd3min.probes import comparisons
+def test_a_file_without_t5_is_compared_without_it(folder):
+    found = {
+        (check.part, check.what): check for check in compared(folder / "without_t5.safetensors")
+    }
+    assert {part for part, what in found if what == "rows"} == {"CLIP-L", "CLIP-G"}
+    assert ", without T5; float32: " in found["whole run", "picture"].note
+    assert all(check.passed for check in found.values())
 
+
+def test_an_encoder_alone_is_not_compared(folder, tmp_path):
+    tensors = load_file(folder / "small.safetensors")
+    start = PREFIXES["t5"]
+    only = {name: tensor for name, tensor in tensors.items() if name.startswith(start)}
+    save_file(only, tmp_path / "t5.safetensors")
+    (rows, *_) = compared(tmp_path / "t5.safetensors")
+    assert rows.verdict == "not compared: diffusers encodes with both CLIPs"
+
+
+def test_what_the_memory_does_not_hold_is_said(folder, monkeypatch):
     monkeypatch.setattr(comparisons, "available", lambda: 1e6)
     check = comparisons.mmdit_check(Checkpoint.open(folder / "bare.safetensors"))
     assert check.passed and check.single is not None and check.double is None
