@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import sd3min
 from sd3min import formats
 from sd3min.config import AutoencoderConfig, MMDiTConfig, Refusal
 
@@ -27,7 +26,7 @@ STREAMS = {  # diffusers' names of what goes through a joint block
     "temb": "cond",
 }
 BLOCKS = ("JointBlock", "JointTransformerBlock")
-PACKAGE = Path(sd3min.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
