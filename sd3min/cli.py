@@ -1,5 +1,6 @@
-"""The commands: `sd3min generate` makes pictures, `inspect` says what a file holds, `convert` writes
-it in the other layout, `explain` says why two implementations make different pictures.
+"""The commands: `sd3min generate` makes pictures, `inspect` says what a file holds, `convert`
+writes it in the other layout, `verify` checks it against diffusers, and `explain` says why two
+implementations make different pictures.
 
 A call that cannot be carried out ends before any work, with exit code 2 and one sentence.
 """
@@ -14,13 +15,14 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from sd3min import checkpoint, options, pipeline
+from sd3min import checkpoint, options, pipeline, probes
 from sd3min.config import Refusal, released_name
 from sd3min.conventions import CONVENTIONS, find_conventions
 from sd3min.convert import convert
 from sd3min.differences import PICTURES, Difference, explain
 from sd3min.generate import add_generate
 from sd3min.parts import TITLES, Part
+from sd3min.probes import report, table
 from sd3min.settings import check_call
 
 
@@ -32,6 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_inspect(commands.add_parser("inspect", help="say what a file holds"))
     layouts = "official single file to diffusers folder, or back"
     add_convert(commands.add_parser("convert", help=layouts))
+    add_verify(commands.add_parser("verify", help="check a file, part by part, against diffusers"))
     add_explain(commands.add_parser("explain", help="say what two implementations differ in"))
     return parser
 
@@ -56,6 +59,18 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     add("--tokenizers", type=Path, metavar="FOLDER", help=tokenizers)
     size = "split a part that is longer (default: 10GB, text encoders 5GB)"
     add("--shard-size", type=options.length, metavar="LENGTH", help=size)
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """The options of `sd3min verify`."""
+    parser.set_defaults(run=run_verify)
+    add = parser.add_argument
+    add("path", type=Path, nargs="*", help="official files or folders (default: sd3-tiny)")
+    encoders = "files of encoders that the first lacks"
+    add("--text-encoders", type=Path, nargs="+", metavar="FILE", help=encoders)
+    tokenizers = "holds tokenizer, tokenizer_2, tokenizer_3 (default: beside the file)"
+    add("--tokenizers", type=Path, metavar="FOLDER", help=tokenizers)
+    add("--report", type=Path, metavar="HTML", help="page to write, with both pictures")
 
 
 def add_explain(parser: argparse.ArgumentParser) -> None:
@@ -117,6 +132,27 @@ def run_convert(arguments: argparse.Namespace) -> None:
     )
 
 
+def run_verify(arguments: argparse.Namespace) -> int:
+    """Print the table line by line; 1 where a line failed."""
+    if arguments.report:
+        report.check_target(arguments.report)
+    given = arguments.path or None, arguments.text_encoders, arguments.tokenizers
+    checks = []
+    for check in probes.verify(*given):
+        lines = [] if checks else [table.line(table.HEAD)]
+        checks.append(check)
+        print(*lines, table.line(table.cells(check)), sep="\n", flush=True)
+    failed = [check for check in checks if check.passed is False]
+    found = "nothing failed" if not failed else f"{len(failed)} of {len(checks)} checks failed"
+    print(found)
+    if arguments.report:
+        path = checkpoint.Checkpoint.open(*given).path
+        page = report.page(f"{path.name}: {found}", report.versions(), checks)
+        report.write(arguments.report, page)
+        print(arguments.report)
+    return 1 if failed else 0
+
+
 def run_explain(arguments: argparse.Namespace) -> None:
     """Print each choice that two conventions differ in, what it changes alone, and why."""
     a, b = (find_conventions(name).name for name in (arguments.a, arguments.b))
@@ -150,15 +186,16 @@ def say(message: object, *_: object) -> None:
     print("sd3min:", *str(message).split(), file=sys.stderr)
 
 
-def run(arguments: Sequence[str] | None) -> None:
-    """Run a command."""
+def run(arguments: Sequence[str] | None) -> int:
+    """Run a command; returns the exit code."""
     parsed = make_parser().parse_args(arguments)
     if "run" not in parsed:
         raise Refusal("no command was given: see sd3min --help")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of a file name that it cannot show
-    parsed.run(parsed)
+    code = parsed.run(parsed) or 0
     sys.stdout.flush()
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = say
-            run(arguments)
+            return run(arguments)
     except Refusal as refusal:
         say(refusal)
         return 2
@@ -182,4 +219,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         say("the memory does not suffice: pass a smaller --size, fewer images or --dtype bfloat16")
         return 2
-    return 0
