@@ -39,7 +39,7 @@ def fit_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
     """A mask in grey, at a width and height; black and white alone stay so, as in diffusers."""
     grey, fitted = mask.convert("L"), resized(mask, "L", size)
     soft = any(grey.histogram()[1:-1])
-    return fitted if soft else fitted.point(lambda level: 255 * (level > 127))
+    return fitted if soft else fitted.point([0] * 128 + [255] * 128)
 
 
 def to_mask(image: Image.Image, size: tuple[int, int]) -> Float[Tensor, "1 1 h w"]:
@@ -83,7 +83,7 @@ def put_under(noise: Tensor, data: Tensor, t: Tensor) -> Tensor:
 def paste(picture: Image.Image, start: Image.Image, mask: Image.Image) -> Image.Image:
     """A picture over the one that it started from, which shows where the mask is black."""
     size = picture.size
-    touched = fit_mask(mask, size).point(lambda level: 255 * (level > 0))
+    touched = fit_mask(mask, size).point([0] + [255] * 255)
     return Image.composite(picture, resized(start, "RGB", size), touched)
 
 

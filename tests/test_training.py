@@ -234,8 +234,8 @@ def test_training_starts_with_the_identity_and_with_positions_as_loud_as_words(t
 
 
 def test_one_batch_of_the_joint_training_reaches_every_weight(tmp_path):
-    """After one update nothing is left at its zero start, and every tensor but CLIP-L's fixed
-    projection and what nobody reads gets a gradient."""
+    """After one update nothing is left at its zero start, and every tensor but those of T5, which
+    has been taught before, gets a gradient."""
     mmdit, encoders = small.mmdit(), small.encoders(small.tokenizers(tmp_path))
     mmdit.requires_grad_(True), encoders.requires_grad_(True)
     autoencoder = small.autoencoder()
@@ -244,4 +244,7 @@ def test_one_batch_of_the_joint_training_reaches_every_weight(tmp_path):
     without = [n for n, p in mmdit.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert without == []
     for name, parameter in encoders.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        if name.startswith("t5."):
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name

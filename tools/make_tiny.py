@@ -48,7 +48,8 @@ RECONSTRUCTION = Recipe(steps=2400, learning_rate=1e-3)
 DECODER = Recipe(steps=2800, learning_rate=5e-4)  # alone, once the latents have their scale
 READING = Recipe(steps=400, learning_rate=1e-3, warmup=50)
 CAPTIONS = 64  # of a batch of the reading lesson
-FLOW = Recipe(steps=6_000, learning_rate=8e-4, warmup=300)
+FLOW = Recipe(steps=9_000, learning_rate=9e-4, warmup=300)
+TRAINING_SHIFT = 3.0  # of times in training: where the things stand is decided at high noise
 
 
 def train_autoencoder(work: Path) -> Autoencoder:
@@ -92,7 +93,7 @@ def make_encoders(work: Path) -> TextEncoders:
 
 
 def train_flow(work: Path, autoencoder: Autoencoder) -> tuple[MMDiT, TextEncoders]:
-    """T5's reading lesson, then MMDiT and text encoders together, on latents encoded once."""
+    """T5's reading lesson, then MMDiT and both CLIPs together, on latents encoded once."""
     torch.manual_seed(0)
     encoders = make_encoders(work)
     mmdit = MMDiT(MMDIT)
@@ -105,7 +106,7 @@ def train_flow(work: Path, autoencoder: Autoencoder) -> tuple[MMDiT, TextEncoder
     compiled = torch.compile(mmdit)
 
     def loss(step: int) -> torch.Tensor:
-        return text_to_image.batch_loss(compiled, encoders, latents, step, BATCH, SHIFT)
+        return text_to_image.batch_loss(compiled, encoders, latents, step, BATCH, TRAINING_SHIFT)
 
     with sdpa_kernel(SDPBackend.MATH):  # the quickest for so few tokens
         fit(both, loss, FLOW, work / "flow.pt")

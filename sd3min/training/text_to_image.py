@@ -1,4 +1,7 @@
-"""The training of an MMDiT and its three text encoders, together, through the flow loss alone."""
+"""The training of an MMDiT and both CLIPs, together, through the flow loss alone.
+
+T5 has had its lesson (`reading`) and stays as it is, as all three encoders did in the paper.
+"""
 
 import dataclasses
 import random
@@ -107,7 +110,8 @@ def encode(
     misheard = [caption(s, random.Random(w)) for s, w in zip(heard, wordings, strict=True)]
 
     clip, pooled = encoders.both_clips(misheard)
-    t5 = encoders.t5_rows(told, encoders.t5_length) * torch.tensor(with_t5)[:, None, None]
+    with torch.no_grad():
+        t5 = encoders.t5_rows(told, encoders.t5_length) * torch.tensor(with_t5)[:, None, None]
     return Conditioning(torch.cat([clip, t5], dim=1), pooled)
 
 
