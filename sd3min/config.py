@@ -15,11 +15,22 @@ PATCH = 2
 LATENT_DOWNSCALING = 8
 SIZE_STEP = PATCH * LATENT_DOWNSCALING  # a picture's sides are multiples of this many pixels
 
+LONGEST_SENTENCE = 1000  # characters of a refusal
+
 Shapes = Mapping[str, Sequence[int]]
 
 
 class Refusal(ValueError):
-    """A call that cannot be carried out: one sentence that names the value and the mend."""
+    """A call that cannot be carried out: one sentence that names the value and the mend.
+
+    The middle of a very long one, as where a damaged file is quoted, is left out.
+    """
+
+    def __init__(self, sentence: str):
+        if len(sentence) > LONGEST_SENTENCE:
+            half = LONGEST_SENTENCE // 2
+            sentence = f"{sentence[:half]} … {sentence[-half:]}"
+        super().__init__(sentence)
 
 
 def count(shapes: Shapes, pattern: str) -> int:

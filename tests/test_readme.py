@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sd3min import conventions
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -37,16 +39,31 @@ def test_reading_cost_is_what_is_counted_now(figures):
 
 
 def test_parity_table_keeps_within_the_ladder():
-    rows = [line.split(" | ") for line in block("parity").splitlines()[2:]]
-    assert len(rows) >= 10
-    for title, precision, error in rows:
-        if "values differ" in error:
-            assert error.startswith("0 of "), title
-        elif "schedules" in title:
-            assert precision == "float32" and float(error.strip(" |")) < 2e-7
+    rows = [line.strip("| ").split(" | ") for line in block("parity").splitlines()[2:]]
+    assert {row[0] for row in rows} == set("12345")
+    for rung, title, _, found, allowed in rows:
+        if rung in "12":
+            assert float(found) <= float(allowed), title
+        elif rung == "3":
+            different, values = re.match(r"([\d,]+) of ([\d,]+) values", found).groups()
+            share = int(different.replace(",", "")) / int(values.replace(",", ""))
+            assert share <= (0 if allowed == "none" else 0.005), title
+        elif rung == "4":
+            assert float(found.split(" x ")[0]) <= float(allowed.split(" x")[0]), title
         else:
-            rounded = "SD3.5" in title and "both sides" not in title
-            assert float(error.strip(" |")) < (1e-6 if rounded else 1e-10), title
+            passed, count = re.match(r"(\d+) of (\d+) passed", found).groups()
+            assert passed == count, title
+
+
+def test_explained_choices_are_those_that_differ(figures):
+    a, b = (conventions.find_conventions(name) for name in figures["EXPLAINED"])
+    rows = [line.strip("| ").split(" | ") for line in block("explain").splitlines()[2:]]
+    found = {row[0]: (row[1], row[2]) for row in rows}
+    assert found == {
+        name: (str(getattr(a, name)), str(getattr(b, name)))
+        for name in conventions.reasons()
+        if getattr(a, name) != getattr(b, name)
+    }
 
 
 def test_every_file_that_is_named_exists():

@@ -9,6 +9,7 @@ Seeds are fixed.
 import argparse
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ DEFAULTS = Defaults(
     width=RESOLUTION,
     height=RESOLUTION,
     steps=20,
-    guidance_scale=4.0,
+    guidance_scale=2.0,
     shift=SHIFT,
     t5_length=vocabulary.LENGTH,
 )
@@ -113,7 +114,9 @@ def train_flow(work: Path, autoencoder: Autoencoder) -> tuple[MMDiT, TextEncoder
     return mmdit, encoders
 
 
-def assemble(folder: Path, autoencoder: Autoencoder, mmdit: MMDiT, encoders: TextEncoders) -> None:
+def assemble(
+    folder: Path, work: Path, autoencoder: Autoencoder, mmdit: MMDiT, encoders: TextEncoders
+) -> None:
     """Write everything as an official single file in half precision, its tokenizers beside it."""
     modules = {
         "mmdit": mmdit,
@@ -130,8 +133,8 @@ def assemble(folder: Path, autoencoder: Autoencoder, mmdit: MMDiT, encoders: Tex
     del tensors[PREFIXES["clip_l"] + "text_projection.weight"]  # the identity
     del tensors[PREFIXES["t5"] + "encoder.embed_tokens.weight"]  # shared.weight again
     folder.mkdir(parents=True, exist_ok=True)
-    for place, tokenizer in zip(vocabulary.FOLDERS, encoders.tokenizers, strict=True):
-        tokenizer.save_pretrained(folder / place)
+    for place in vocabulary.FOLDERS:
+        shutil.copytree(work / place, folder / place, dirs_exist_ok=True)
     settings = json.dumps(dataclasses.asdict(DEFAULTS))
     save_file(tensors, folder / "sd3-tiny.safetensors", {"sd3min.defaults": settings})
 
@@ -146,7 +149,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     autoencoder = train_autoencoder(arguments.work)
-    assemble(arguments.out, autoencoder, *train_flow(arguments.work, autoencoder))
+    assemble(arguments.out, arguments.work, autoencoder, *train_flow(arguments.work, autoencoder))
 
 
 if __name__ == "__main__":
