@@ -130,7 +130,7 @@ class Checkpoint:
             encoders = all(name in TOKENIZERS for name in missing)
             mend = f"name the files of {titles} too" if encoders else "pass one that holds it"
             without = ", or go without T5" if missing == ["t5"] else ""
-            bare = encoders and not self.parts.keys() & TOKENIZERS
+            bare = encoders and len(missing) > 1 and not self.parts.keys() & TOKENIZERS
             lacks = "without text encoders" if bare else f"and lacks {titles}"
             raise Refusal(f"{self.path} {self.described()} {lacks}: {mend}{without}")
 
