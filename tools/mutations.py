@@ -40,6 +40,9 @@ TESTS = {  # by the file that is changed; those that are quick come first
     ),
     "flow.py": ("test_flow.py", *PICTURES),
     "settings.py": ("test_settings.py", *PICTURES),
+    "formats.py": ("parity/test_mmdit.py",),
+    "stored.py": ("test_official_files.py",),
+    "parts.py": ("test_official_files.py",),
     "pipeline.py": PICTURES,
 }
 SHOWN = 1.0  # levels of 255, on average, from which a broken picture is worth a look
