@@ -22,7 +22,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     pipe = small.pipeline(folder)
     small.save_official(pipe, folder / "small.safetensors")
-    pipe.mmdit.x_embedder.proj.bias.data += 0.5
+    pipe.mmdit.final_layer.linear.bias.data += 0.5
     small.save_official(pipe, folder / "other.safetensors")
     coarse = np.random.default_rng(2).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     Image.fromarray(coarse).resize((64, 48)).save(folder / "start.png")

@@ -5,13 +5,13 @@ the same ones, and a block is converted to float32 or float64 when it runs.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
 import torch
 
-from sd3min.checkpoint import AnyPath, Checkpoint
+from sd3min.checkpoint import AnyPath, AnyPaths, Checkpoint
 from sd3min.probes.checks import ENCODERS, Check, alone
 
 
@@ -30,8 +30,8 @@ def find_comparisons() -> Any:
 
 @torch.no_grad()
 def verify(
-    path: AnyPath | None = None,
-    text_encoders: AnyPath | Sequence[AnyPath] | None = None,
+    path: AnyPaths | None = None,
+    text_encoders: AnyPaths | None = None,
     tokenizers: AnyPath | None = None,
 ) -> Iterator[Check]:
     """The lines of the table, as they are found out; arguments are those of `sd3min.load`.

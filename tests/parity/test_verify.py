@@ -245,7 +245,7 @@ def test_the_difference_of_two_pictures_is_amplified_and_says_by_how_much(whole)
         (["--report", "none/out.html"], "--report none/out.html cannot be written (No such file"),
         (["--report", "out.txt"], "--report out.txt is not the name of a page"),
         (["--report", "."], "--report . is not the name of a page"),
-        (["one", "two"], "unrecognized arguments: two"),
+        (["one", "two"], "one does not exist: pass"),
     ],
 )
 def test_a_bad_call_is_refused_before_any_work(given, said, tmp_path, capsys, monkeypatch):
