@@ -232,7 +232,7 @@ def renamed(stored: dict[str, Stored]) -> tuple[dict[str, AnyStored], dict[str, 
         pieces = [stored[name] for name in recipe.names if name in stored]
         shapes = {tuple(piece.shape) for piece in pieces}
         if len(pieces) == len(recipe.names) and len(shapes) == 1 and shapes != {()}:
-            made[official] = Joined.of(official, pieces, recipe.make)
+            made[official] = Joined.of(official, pieces, recipe.back)
             for name in recipe.names:
                 del left[name]
     return left | made, known

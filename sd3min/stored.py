@@ -17,7 +17,6 @@ from torch import Tensor
 from sd3min.config import Refusal
 
 Read = Callable[[str], Tensor]
-Make = Callable[[Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,15 +39,17 @@ class Stored:
         """The values as they are stored, mapped from the file; a scale is not applied."""
         return self.reader(self.name)
 
+    def values(self) -> Tensor:
+        """What the tensor stands for: as stored, or in float32 where a scale applies."""
+        values = self.read()
+        return values if self.scale is None else values.float() * self.scale.read().float()
+
     def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The values in a type to work in: the file's own memory where that fits, else converted.
 
         Scaled fp8 is multiplied in float32 and rounded once, to `dtype`.
         """
-        values = self.read()
-        if self.scale is not None:
-            values = values.float() * self.scale.read().float()
-        return values.to(device, dtype)
+        return self.values().to(device, dtype)
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,15 @@ class Joined:
     name: str
     shape: list[int]  # once it is made
     dtype: str  # the pieces', or all of them where they differ
-    pieces: tuple[Stored, ...]
-    make: Make = dataclasses.field(repr=False, compare=False)
+    pieces: tuple[Stored, ...]  # one below the other
+    back: Callable[[Tensor], Tensor] = dataclasses.field(repr=False, compare=False)
 
     @classmethod
-    def of(cls, name: str, pieces: Sequence[Stored], make: Make) -> "Joined":
-        """Find out the shape without reading; a RuntimeError where the pieces do not fit."""
-        made = make([torch.empty(piece.shape, device="meta") for piece in pieces])
+    def of(cls, name: str, pieces: Sequence[Stored], back: Callable[[Tensor], Tensor]) -> "Joined":
+        """Find out the shape without reading; `back` makes the tensor of the pieces together."""
+        whole = torch.cat([torch.empty(piece.shape, device="meta") for piece in pieces])
         dtype = "+".join(dict.fromkeys(piece.dtype for piece in pieces))
-        return cls(name, list(made.shape), dtype, tuple(pieces), make)
+        return cls(name, list(back(whole).shape), dtype, tuple(pieces), back)
 
     @property
     def paths(self) -> list[Path]:
@@ -80,11 +81,20 @@ class Joined:
 
     def read(self) -> Tensor:
         """The values in the type they are stored in; scales are not applied."""
-        return self.make([piece.read() for piece in self.pieces])
+        pieces = [piece.read() for piece in self.pieces]
+        return self.back(torch.cat(pieces) if len(pieces) > 1 else pieces[0])
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The values in a type to work in."""
-        return self.make([piece.load(dtype, device) for piece in self.pieces])
+        """The values in a type to work in; each piece goes straight to its place in the whole."""
+        first, *others = self.pieces
+        if not others:
+            return self.back(first.load(dtype, device))
+        height = sum(piece.shape[0] for piece in self.pieces)
+        whole = torch.empty(height, *first.shape[1:], dtype=dtype, device=device)
+        places = whole.split([piece.shape[0] for piece in self.pieces])
+        for place, piece in zip(places, self.pieces, strict=True):
+            place.copy_(piece.values())
+        return self.back(whole)
 
 
 AnyStored = Stored | Joined
