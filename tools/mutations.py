@@ -126,16 +126,20 @@ def first_failure(folder: Path, tests: Sequence[str]) -> str:
 
 
 def outputs(folder: Path) -> Outputs:
-    """What the package in a folder computes."""
+    """What the package in a folder computes; nothing where it stops with an error."""
     file = folder / "outputs.npz"
     command = [sys.executable, str(ROOT / "tools" / "outputs.py"), str(file)]
-    subprocess.run(command, env=environment(folder), check=True, capture_output=True)
+    done = subprocess.run(command, env=environment(folder), capture_output=True)
+    if done.returncode:
+        return {}
     with np.load(file) as found:
         return dict(found)
 
 
 def compare(found: Outputs, right: Outputs, caught: str) -> Effect:
     """How far a broken package's outputs are from the right ones."""
+    if not found:
+        return Effect(caught, "", 0.0, 0.0, np.zeros(0))
     changes = {
         name: float(np.linalg.norm(found[name] - value) / np.linalg.norm(value))
         if found[name].shape == value.shape
@@ -182,6 +186,8 @@ def table(effects: Mapping[Mutation, Effect]) -> str:
     for mutation, effect in effects.items():
         changed = f"{effect.output}: {effect.change:.1g}" if effect.change else "none"
         levels = f"{effect.levels:.1f} of 255" if effect.levels else "the same"
+        if not effect.output:
+            changed, levels = "stops with an error", "none"
         caught = f"`{effect.caught}`" if effect.caught else "**nobody**"
         cells = (mutation.title, mutation.why, changed, levels, caught)
         lines.append(f"| {' | '.join(cell.replace('|', '∣') for cell in cells)} |")
@@ -228,6 +234,8 @@ def main() -> None:
         if failed := first_failure(folder, tests):
             sys.exit(f"{failed} fails without any mutation")
         right = outputs(folder)
+        if not right:
+            sys.exit("outputs.py stops with an error without any mutation")
         for mutation in tqdm(mutations, unit="mutation"):
             effects[mutation] = mutate(folder, mutation, right)
             if not effects[mutation].caught:
