@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sd3min import flow
-from sd3min.autoencoder import SCALE, SHIFT
 from sd3min.checkpoint import SMALL, Checkpoint
 from sd3min.config import LATENT_CHANNELS, LATENT_DOWNSCALING, MMDiTConfig
 from sd3min.mmdit import MMDiT
@@ -121,7 +120,8 @@ def autoencoder_checks(opened: Checkpoint) -> Iterator[Check]:
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
     def unscaled(dtype: torch.dtype) -> Tensor:
-        return latents.to(dtype) / SCALE + SHIFT
+        config = model.config
+        return latents.to(dtype) / config.scaling_factor + config.shift_factor
 
     title, modules = TITLES["autoencoder"], [autoencoder, model]
     yield judge(

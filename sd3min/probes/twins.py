@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
 from sd3min import formats
-from sd3min.autoencoder import SCALE, SHIFT, Autoencoder
+from sd3min.autoencoder import Autoencoder
 from sd3min.config import HEAD_WIDTH, LATENT_CHANNELS, PATCH
 from sd3min.mmdit import MMDiT
 from sd3min.parts import fill
@@ -62,8 +62,8 @@ def vae(autoencoder: Autoencoder) -> AutoencoderKL:
             layers_per_block=config.blocks,
             latent_channels=LATENT_CHANNELS,
             norm_num_groups=32,
-            scaling_factor=SCALE,
-            shift_factor=SHIFT,
+            scaling_factor=1.5305,  # of the official vae/config.json, and not from our own module
+            shift_factor=0.0609,
             use_quant_conv=False,
             use_post_quant_conv=False,
         )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from sd3min import text_encoders
-from sd3min.autoencoder import SCALE, SHIFT, Autoencoder
+from sd3min.autoencoder import Autoencoder
 from sd3min.config import (
     CLIP_G,
     CLIP_L,
@@ -227,9 +227,10 @@ def autoencoder_pair(autoencoder: Autoencoder, side: int, batch: int = 1) -> Pai
 
     def theirs(dtype: torch.dtype) -> Outputs:
         posterior = vae.encode(images.to(dtype)).latent_dist
+        unscaled = latents.to(dtype) / vae.config.scaling_factor + vae.config.shift_factor
         return {
             encode: torch.cat([posterior.mean, posterior.logvar], dim=1),
-            decode: vae.decode(latents.to(dtype) / SCALE + SHIFT).sample,
+            decode: vae.decode(unscaled).sample,
         }
 
     nudges = [half.mid.attn_1.v.weight for half in (autoencoder.encoder, autoencoder.decoder)]
