@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("sd3min", "tests", "pyproject.toml", "README.md")
-LINKED = ("weights",)  # read only
+LINKED = ("weights", "../shared")  # read only; the second where it is: some tests use it
 SMALL = ("-k", "not sd3-tiny")  # small random models notice as much, and sooner
 PICTURES = ("test_pipeline.py", "parity/test_conventions.py", "parity/test_pictures.py")
 TESTS = {  # by the file that is changed; those that are quick come first
@@ -99,7 +99,8 @@ def copy_project(folder: Path) -> None:
         else:
             shutil.copy(source, folder / name)
     for name in LINKED:
-        (folder / name).symlink_to(ROOT / name)
+        if (ROOT / name).exists():
+            (folder / name).symlink_to((ROOT / name).resolve())
 
 
 def existing(folder: Path, files: Iterable[str]) -> list[str]:
@@ -227,7 +228,8 @@ def main() -> None:
         sys.exit(f"no mutation's file or title contains {only!r}")
     effects: dict[Mutation, Effect] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder = Path(temporary) / "project"
+        folder.mkdir()
         copy_project(folder)
         check_texts(folder, mutations)
         tests = existing(folder, [mutation.file for mutation in mutations])
