@@ -4,9 +4,9 @@ python tools/mutations.py [--only TEXT] [--out FOLDER]
 
 Each of `mutations.toml` is a mistake that an implementation of Stable Diffusion 3 can make and
 still draw pictures. It is made in a copy, one at a time; the tests that should notice are run
-there, and the outputs of `outputs.py` are compared with the right ones. FOLDER receives the table
-as `mutations.md` and the broken pictures as `mutations.png`. The exit code is 1 where a mutation
-survives. All of them take about 40 minutes.
+there, and the outputs of `outputs.py` are compared with the right ones. FOLDER receives the tables
+as `mutations.md` and the broken pictures beside it. The exit code is 1 where a mutation survives.
+All of them take about 40 minutes.
 """
 
 import argparse
@@ -85,7 +85,7 @@ float64, that changes most, and by how much (relative norm); the fourth how far 
 sd3-tiny's picture move on average; the last the first test that fails. Many mistakes leave
 plausible pictures, and some leave the very same one: looking at pictures finds few of them.
 
-![What some of them do to the demo's picture](mutations.png)
+Under each file stand the pictures that its mistakes visibly change.
 """
 
 
@@ -214,6 +214,19 @@ def draw(effects: Mapping[Mutation, Effect], path: Path) -> None:
     figure.savefig(path)
 
 
+def write(effects: Mapping[Mutation, Effect], folder: Path) -> None:
+    """Write the table of each file and its sheet of pictures."""
+    sections = [INTRODUCTION]
+    for file in dict.fromkeys(mutation.file for mutation in effects):
+        own = {mutation: effect for mutation, effect in effects.items() if mutation.file == file}
+        sections.append(f"## {file}\n\n{table(own)}\n")
+        if any(effect.levels >= SHOWN for effect in own.values()):
+            sheet = f"mutations-{Path(file).stem}.png"
+            draw(own, folder / sheet)
+            sections.append(f"![The demo's picture under mistakes in {file}]({sheet})\n")
+    (folder / "mutations.md").write_text("\n".join(sections))
+
+
 def main() -> None:
     """Check that the tests pass as they are, then print what each mutation does."""
     parser = argparse.ArgumentParser(
@@ -247,8 +260,7 @@ def main() -> None:
     survivors = sum(not effect.caught for effect in effects.values())
     print(f"\n{len(mutations)} mutations, {survivors} survived")
     if arguments.out is not None:
-        (arguments.out / "mutations.md").write_text(f"{INTRODUCTION}\n{table(effects)}\n")
-        draw(effects, arguments.out / "mutations.png")
+        write(effects, arguments.out)
     sys.exit(survivors > 0)
 
 
