@@ -211,7 +211,7 @@ def draw(effects: Mapping[Mutation, Effect], path: Path) -> None:
         place.imshow(effect.picture, interpolation="nearest")
         place.set_title("\n".join(textwrap.wrap(mutation.title, 22)), fontsize=6.5)
     figure.tight_layout(pad=0.4)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")
 
 
 def write(effects: Mapping[Mutation, Effect], folder: Path) -> None:
