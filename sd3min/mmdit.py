@@ -65,6 +65,11 @@ def modulation(width: int, parts: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
 
 
+def unpatchify(patches: Float[Tensor, "b n o"], h: int) -> Float[Tensor, "b c H W"]:
+    """`h` rows of patches, each (p q c), to latents."""
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=PATCH, q=PATCH)
+
+
 class PatchEmbedding(nn.Module):
     """2x2 patches of the latents, flattened row by row and projected to tokens (§4)."""
 
@@ -271,5 +276,4 @@ class MMDiT(nn.Module):
         for block in self.joint_blocks:
             context, image = block(context, image, cond)
 
-        patches = self.final_layer(image, cond)  # b n (p q c)
-        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=PATCH, q=PATCH)
+        return unpatchify(self.final_layer(image, cond), h)

@@ -137,7 +137,7 @@ class Pipeline:
         generators = [torch.Generator().manual_seed(value) for value in seeds]
 
         times = chosen.times(partly=init_image is not None)
-        velocity = self.velocity(prompts, negatives, chosen)
+        velocity = self.velocity(prompts, negatives, chosen, times)
         data, noise = self.start(generators, chosen, init_image)
         latents = noise if data is None else put_under(noise, data, times[0])
         between = None
@@ -176,23 +176,30 @@ class Pipeline:
         return self.dtype if short and settings.conventions.latents == "network" else torch.float32
 
     def velocity(
-        self, prompts: list[str], negatives: list[str], settings: Settings
+        self, prompts: list[str], negatives: list[str], settings: Settings, times: Tensor
     ) -> flow.Velocity:
-        """The guided velocity as a function of latents and time alone."""
+        """The guided velocity as a function of latents and time, one of `times`, alone."""
         guided = settings.guidance_scale > 1
-        context, pooled = self.encode_prompt(
+        text = self.encode_prompt(
             negatives + prompts if guided else prompts,
             settings.t5_length,
             settings.without_t5,
             settings.conventions,
         )
         precision = torch.promote_types(self.dtype, self.precision(settings))
+        predict = self.predictor(text, times, precision)
+        return flow.GUIDANCE[settings.conventions.guidance](predict, settings.guidance_scale)
+
+    def predictor(
+        self, text: Conditioning, times: Float[Tensor, " times"], precision: torch.dtype
+    ) -> flow.Velocity:
+        """The network under a text, as a function of latents and time alone."""
 
         def predict(latents: Tensor, t: Tensor) -> Tensor:
             timesteps = (flow.TRAINED_TIMES * t).expand(len(latents)).to(self.device)
-            return self.mmdit(latents.to(self.dtype), timesteps, context, pooled).to(precision)
+            return self.mmdit(latents.to(self.dtype), timesteps, *text).to(precision)
 
-        return flow.GUIDANCE[settings.conventions.guidance](predict, settings.guidance_scale)
+        return predict
 
     def start(
         self,
