@@ -211,6 +211,15 @@ class JointBlock(nn.Module):
         return context, image
 
 
+def joint_block(config: MMDiTConfig, index: int) -> JointBlock:
+    """A block with the streams that its place in the network asks for."""
+    width, norm = config.width, config.qk_norm
+    return JointBlock(
+        (LastContextStream if index == config.depth - 1 else Stream)(width, norm),
+        (DualStream if index < config.dual_blocks else Stream)(width, norm),
+    )
+
+
 class FinalLayer(nn.Module):
     """Modulation and projection back to the channels of a patch (Fig. 2a, "Modulation, Linear")."""
 
@@ -235,19 +244,13 @@ class MMDiT(nn.Module):
     def __init__(self, config: MMDiTConfig):
         super().__init__()
         self.config = config
-        width, norm = config.width, config.qk_norm
+        width = config.width
         self.x_embedder = PatchEmbedding(width)
         self.register_buffer("pos_embed", position_table(width, config.grid))
         self.t_embedder = Embedding(SINUSOIDS, width)
         self.y_embedder = Embedding(config.pooled_width, width)
         self.context_embedder = nn.Linear(config.context_width, width)
-        self.joint_blocks = nn.ModuleList(
-            JointBlock(
-                (LastContextStream if index == config.depth - 1 else Stream)(width, norm),
-                (DualStream if index < config.dual_blocks else Stream)(width, norm),
-            )
-            for index in range(config.depth)
-        )
+        self.joint_blocks = nn.ModuleList(joint_block(config, i) for i in range(config.depth))
         self.final_layer = FinalLayer(width)
 
     def positions(self, h: int, w: int) -> Float[Tensor, "1 n d"]:

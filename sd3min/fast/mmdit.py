@@ -7,7 +7,6 @@
   positions, and stay equal in every block. One row that counts as often in the softmax does.
 """
 
-import copy
 from collections.abc import Callable, Iterable
 
 import torch
@@ -52,7 +51,6 @@ class FastMMDiT(nn.Module):
         self.config, self.read, self.make = config, read, make
         with torch.device("meta"):
             outer = MMDiT(config)
-        self.skeletons = list(outer.joint_blocks)
         outer.joint_blocks = nn.ModuleList()
         self.outer = fill(outer, {name: read(name) for name in outer.state_dict()})
         self.blocks = (sequence or kept)(self.block, config.depth)
