@@ -62,11 +62,11 @@ class FastMMDiT(nn.Module):
 
     def block(self, index: int) -> FastBlock:
         """Read a block."""
-        skeleton = copy.deepcopy(self.skeletons[index])
-        tensors = {
-            name: self.read(f"joint_blocks.{index}.{name}") for name in skeleton.state_dict()
-        }
-        return build(skeleton, tensors, self.make)
+        with torch.device("meta"):
+            block = without_modulation(joint_block(self.config, index))
+        names = block.state_dict().keys()
+        tensors = {name: self.read(f"joint_blocks.{index}.{name}") for name in names}
+        return build(block, tensors, self.make)
 
     def prepare(self, text: Conditioning, timesteps: Float[Tensor, " steps"]) -> "Run":
         """Everything that depends on the text and on the timesteps (0 to 1000) alone."""
