@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sd3min.config import MMDiTConfig
-from sd3min.fast.blocks import MODULATION, FastBlock, build
+from sd3min.fast.blocks import MODULATION, FastBlock, build, without_modulation
 from sd3min.fast.linear import packed
-from sd3min.mmdit import PATCH, MMDiT, sinusoid, unpatchify
+from sd3min.mmdit import PATCH, MMDiT, joint_block, sinusoid, unpatchify
 from sd3min.parts import fill
 from sd3min.text_encoders import Conditioning
 
