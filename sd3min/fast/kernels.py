@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sd3min import mmdit
 from sd3min.config import HEAD_WIDTH
+from sd3min.fast import native
 
 Tokens = Float[Tensor, "b n d"]
 Rows = Float[Tensor, "b d"]
@@ -21,22 +22,38 @@ Rows = Float[Tensor, "b d"]
 
 def modulate(tokens: Tokens, shift: Rows, scale: Rows) -> Tokens:
     """Normalise every token, then scale and shift it: `mmdit.modulate`."""
-    return mmdit.modulate(tokens, shift[:, None], scale[:, None])
+    if not native.serves(tokens):
+        return mmdit.modulate(tokens, shift[:, None], scale[:, None])
+    out = torch.empty_like(tokens)
+    sizes = *tokens.shape, shift.stride(0)
+    native.call("modulate", out, tokens, shift, scale, *sizes, mmdit.NORM_EPS)
+    return out
 
 
 def add_gated_(tokens: Tokens, gate: Rows, update: Tokens) -> Tokens:
     """tokens + gate·update, in the memory of the tokens."""
-    return tokens.addcmul_(gate[:, None], update)
+    if not native.serves(tokens):
+        return tokens.addcmul_(gate[:, None], update)
+    native.call("add_gated", tokens, gate, update.contiguous(), *tokens.shape, gate.stride(0))
+    return tokens
 
 
 def gelu_(hidden: Tensor) -> Tensor:
     """GELU with tanh, which may use the memory of its input."""
-    return F.gelu(hidden, approximate="tanh")
+    if not native.serves(hidden):
+        return F.gelu(hidden, approximate="tanh")
+    native.call("gelu", hidden, hidden.numel())
+    return hidden
 
 
 def normalise_heads(qkv: Tensor, ln_q: nn.Module, ln_k: nn.Module) -> Tensor:
     """Norms of each head's queries and keys, where the model has them (§5.3.2, Fig. 5)."""
-    if not isinstance(ln_q, nn.RMSNorm):
+    if not isinstance(ln_q, nn.RMSNorm) or not isinstance(ln_k, nn.RMSNorm):
+        return qkv
+    if native.serves(qkv):
+        rows, heads = qkv.shape[:2].numel(), qkv.shape[2] // (3 * HEAD_WIDTH)
+        weights = ln_q.weight, ln_k.weight
+        native.call("normalise_heads", qkv, *weights, rows, heads, mmdit.NORM_EPS)
         return qkv
     q, k, v = rearrange(qkv, "b n (three a e) -> three b n a e", three=3, e=HEAD_WIDTH)
     return rearrange([ln_q(q), ln_k(k), v], "three b n a e -> b n (three a e)")
@@ -47,6 +64,8 @@ def attention(qkv: Float[Tensor, "b n d3"], repeats: int = 1) -> Tokens:
 
     A key that is there m times adds m equal terms to the sums of the softmax: one of exp(s + ln m).
     """
+    if native.serves(qkv):
+        return joint_attention(qkv[:, :0], qkv, repeats)[1]
     q, k, v = rearrange(qkv, "b n (three a e) -> three b a n e", three=3, e=HEAD_WIDTH)
     mask = None
     if repeats > 1:
@@ -59,6 +78,15 @@ def joint_attention(
     context_qkv: Float[Tensor, "b l d3"], image_qkv: Float[Tensor, "b n d3"], repeats: int = 1
 ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b n d"]]:
     """Attention of both streams among both; `repeats` counts the last row of the context."""
-    rows = [image_qkv.shape[1], context_qkv.shape[1]]  # the context last, for its last row
-    to_image, to_context = attention(torch.cat([image_qkv, context_qkv], 1), repeats).split(rows, 1)
+    l, n, width = context_qkv.shape[1], *image_qkv.shape[1:]
+    if native.serves(image_qkv):
+        shapes = [(*qkv.shape[:2], width // 3) for qkv in (context_qkv, image_qkv)]
+        to_context, to_image = map(image_qkv.new_empty, shapes)
+        sizes = len(image_qkv), l, n, width // (3 * HEAD_WIDTH)
+        last = math.log(repeats) * HEAD_WIDTH**0.5  # the scores are scaled after it is added
+        tensors = to_context, to_image, context_qkv, image_qkv
+        native.call("attention", *tensors, *sizes, last)
+        return to_context, to_image
+    both = torch.cat([image_qkv, context_qkv], dim=1)  # the context last, for its last row
+    to_image, to_context = attention(both, repeats).split([n, l], dim=1)
     return to_context, to_image

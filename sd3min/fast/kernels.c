@@ -1,0 +1,299 @@
+// The loops of kernels.py for bfloat16 on a CPU with AVX512-BF16; matrix products in AMX tiles where
+// the CPU has them. Values are rounded to bfloat16 where they are stored, sums are float32.
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#if !defined(__AVX512BF16__) || !defined(__AVX512BW__) || !defined(__AVX512VL__)
+#error "this CPU has no AVX512-BF16"
+#endif
+
+typedef uint16_t bf16;
+typedef __m512 floats;  // 16 of them
+
+enum { HEAD = 64, BLOCK = 32, KEYS = 256 };  // width of a head; rows of a product; keys at a time
+
+static inline floats load(const bf16* x) {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
+}
+
+static inline void store(bf16* x, floats values) {
+    _mm256_storeu_si256((__m256i*)x, (__m256i)_mm512_cvtneps_pbh(values));
+}
+
+// 2^x to 4e-6 of itself: the whole part of x goes to the exponent, the rest through a polynomial.
+static inline floats exp2_(floats x) {
+    floats whole = _mm512_roundscale_ps(x, 0), rest = _mm512_sub_ps(x, whole);
+    floats y = _mm512_set1_ps(0.0096181291f);
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.0555041087f));
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.2402265070f));
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.6931471806f));
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(y, whole);
+}
+
+// Layer norm of each row, then 1 + scale and shift, which each batch of `rows` rows has its own of.
+int modulate(bf16* out, const bf16* x, const bf16* shift, const bf16* scale, long batch, long rows,
+              long width, long stride, float eps) {
+#pragma omp parallel for schedule(static)
+    for (long row = 0; row < batch * rows; row++) {
+        const bf16 *in = x + row * width, *add = shift + row / rows * stride,
+                   *mul = scale + row / rows * stride;
+        floats sum = _mm512_setzero_ps(), square = _mm512_setzero_ps();
+        for (long i = 0; i < width; i += 16) sum = _mm512_add_ps(sum, load(in + i));
+        floats mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+        for (long i = 0; i < width; i += 16) {
+            floats d = _mm512_sub_ps(load(in + i), mean);
+            square = _mm512_fmadd_ps(d, d, square);
+        }
+        floats scaled = _mm512_set1_ps(1 / sqrtf(_mm512_reduce_add_ps(square) / width + eps));
+        floats one = _mm512_set1_ps(1);
+        for (long i = 0; i < width; i += 16) {
+            floats normal = _mm512_mul_ps(_mm512_sub_ps(load(in + i), mean), scaled);
+            floats factor = _mm512_add_ps(one, load(mul + i));
+            store(out + row * width + i, _mm512_fmadd_ps(normal, factor, load(add + i)));
+        }
+    }
+    return 0;
+}
+
+// tokens += gate * update
+int add_gated(bf16* tokens, const bf16* gate, const bf16* update, long batch, long rows, long width,
+               long stride) {
+#pragma omp parallel for schedule(static)
+    for (long row = 0; row < batch * rows; row++) {
+        bf16* to = tokens + row * width;
+        for (long i = 0; i < width; i += 16) {
+            floats by = load(gate + row / rows * stride + i);
+            store(to + i, _mm512_fmadd_ps(by, load(update + row * width + i), load(to + i)));
+        }
+    }
+    return 0;
+}
+
+// x / (1 + exp(-2u)) with u = sqrt(2/pi) * (x + 0.044715 x^3): GELU by tanh
+int gelu(bf16* x, long count) {
+    const floats cubic = _mm512_set1_ps(-2 * 0.7978845608f * 1.44269504f * 0.044715f);
+    const floats linear = _mm512_set1_ps(-2 * 0.7978845608f * 1.44269504f);
+    const floats one = _mm512_set1_ps(1);
+#pragma omp parallel for schedule(static)
+    for (long i = 0; i < count; i += 16) {
+        floats y = load(x + i);
+        floats u = _mm512_mul_ps(y, _mm512_fmadd_ps(_mm512_mul_ps(y, y), cubic, linear));
+        store(x + i, _mm512_div_ps(y, _mm512_add_ps(one, exp2_(u))));
+    }
+    return 0;
+}
+
+// RMS norms of the queries and the keys of each head, in place
+int normalise_heads(bf16* qkv, const bf16* q_weight, const bf16* k_weight, long rows, long heads,
+                     float eps) {
+#pragma omp parallel for schedule(static)
+    for (long part = 0; part < rows * 2 * heads; part++) {
+        bf16* x = qkv + part / (2 * heads) * 3 * heads * HEAD + part % (2 * heads) * HEAD;
+        const bf16* weight = part % (2 * heads) < heads ? q_weight : k_weight;
+        floats square = _mm512_setzero_ps();
+        for (int i = 0; i < HEAD; i += 16) square = _mm512_fmadd_ps(load(x + i), load(x + i), square);
+        floats by = _mm512_set1_ps(1 / sqrtf(_mm512_reduce_add_ps(square) / HEAD + eps));
+        for (int i = 0; i < HEAD; i += 16)
+            store(x + i, _mm512_mul_ps(_mm512_mul_ps(load(x + i), by), load(weight + i)));
+    }
+    return 0;
+}
+
+// ---- Products of 32 rows with 32 columns ---------------------------------------------------------
+//
+// c [32 x 32 of a row length] (+)= a [32 x 32*tiles] * b, where b lies in tiles of 32 x 16 values: tile
+// t of column half h at b + t*down + h*right, as 16 rows of 16 pairs, a pair being two values of a
+// column, one below the other.
+
+enum { TILE = 512 };  // values of a tile
+
+#ifdef __AMX_BF16__
+static void configure(void) {
+    struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; }
+        tiles __attribute__((aligned(64))) = {.palette = 1};
+    for (int i = 0; i < 8; i++) tiles.bytes[i] = 64, tiles.rows[i] = 16;
+    _tile_loadconfig(&tiles);
+}
+
+static void release(void) { _tile_release(); }
+
+static inline void product(float* c, long length, int add, const bf16* a, long a_length,
+                           const bf16* b, long down, long right, int tiles) {
+    if (add) {
+        _tile_loadd(0, c, length * 4); _tile_loadd(1, c + 16, length * 4);
+        _tile_loadd(2, c + 16 * length, length * 4); _tile_loadd(3, c + 16 * length + 16, length * 4);
+    } else {
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    }
+    for (int t = 0; t < tiles; t++, a += 32, b += down) {
+        _tile_loadd(4, a, a_length * 2);
+        _tile_loadd(6, b, 64);
+        _tile_loadd(7, b + right, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, a + 16 * a_length, a_length * 2);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, length * 4); _tile_stored(1, c + 16, length * 4);
+    _tile_stored(2, c + 16 * length, length * 4); _tile_stored(3, c + 16 * length + 16, length * 4);
+}
+#else
+static void configure(void) {}
+static void release(void) {}
+
+static inline void product(float* c, long length, int add, const bf16* a, long a_length,
+                           const bf16* b, long down, long right, int tiles) {
+    for (int row = 0; row < 32; row += 8) {
+        floats sums[8][2];
+        for (int i = 0; i < 8; i++)
+            for (int h = 0; h < 2; h++)
+                sums[i][h] = add ? _mm512_loadu_ps(c + (row + i) * length + 16 * h) : _mm512_setzero_ps();
+        for (int t = 0; t < tiles; t++)
+            for (int pair = 0; pair < 16; pair++) {
+                __m512bh left = (__m512bh)_mm512_loadu_si512(b + t * down + 32 * pair);
+                __m512bh right_ = (__m512bh)_mm512_loadu_si512(b + t * down + right + 32 * pair);
+                for (int i = 0; i < 8; i++) {
+                    int two;
+                    memcpy(&two, a + (row + i) * a_length + 32 * t + 2 * pair, 4);
+                    __m512bh both = (__m512bh)_mm512_set1_epi32(two);
+                    sums[i][0] = _mm512_dpbf16_ps(sums[i][0], both, left);
+                    sums[i][1] = _mm512_dpbf16_ps(sums[i][1], both, right_);
+                }
+            }
+        for (int i = 0; i < 8; i++)
+            for (int h = 0; h < 2; h++) _mm512_storeu_ps(c + (row + i) * length + 16 * h, sums[i][h]);
+    }
+}
+#endif
+
+// ---- Attention -----------------------------------------------------------------------------------
+
+// 16 keys for the product with queries, where a key is a column: their pairs, transposed.
+static void pack_keys(bf16* tiles, const bf16* keys) {
+    const __m512i steps = _mm512_mullo_epi32(
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(HEAD / 2));
+    for (int pair = 0; pair < HEAD / 2; pair++)
+        _mm512_storeu_si512(tiles + 32 * pair, _mm512_i32gather_epi32(steps, (int*)keys + pair, 4));
+}
+
+// Two values for the product with probabilities, where a value is a row.
+static void pack_values(bf16* tiles, const bf16* values) {
+    for (int e = 0; e < HEAD; e += 16) {
+        __m512i upper = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(values + e)));
+        __m512i lower = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(values + HEAD + e)));
+        _mm512_storeu_si512(tiles + e / 16 * TILE, _mm512_or_si512(upper, _mm512_slli_epi32(lower, 16)));
+    }
+}
+
+// One block of queries among all keys: the softmax is carried on from keys to keys, with the largest
+// score so far, and the sums so far, of each query.
+static void attend(float* out, const bf16* queries, const bf16* keys, const bf16* values, long count,
+                   float scale, float last) {
+    float scores[BLOCK * KEYS] __attribute__((aligned(64)));
+    bf16 weights[BLOCK * KEYS] __attribute__((aligned(64)));
+    float largest[BLOCK], sums[BLOCK];
+    for (int i = 0; i < BLOCK; i++) largest[i] = -INFINITY, sums[i] = 0;
+    for (long from = 0; from < count; from += KEYS) {
+        long some = count - from < KEYS ? count - from : KEYS, padded = (some + 31) / 32 * 32;
+        for (long j = 0; j < padded; j += 32)
+            product(scores + j, KEYS, 0, queries, HEAD, keys + (from + j) / 16 * 2 * TILE, TILE,
+                    2 * TILE, 2);
+        for (int i = 0; i < BLOCK; i++) {
+            float* row = scores + i * KEYS;
+            for (long j = some; j < padded; j++) row[j] = -INFINITY;
+            if (from + some == count) row[some - 1] += last;
+            floats even = _mm512_loadu_ps(row), odd = _mm512_loadu_ps(row + 16);
+            for (long j = 32; j < padded; j += 32) {
+                even = _mm512_max_ps(even, _mm512_loadu_ps(row + j));
+                odd = _mm512_max_ps(odd, _mm512_loadu_ps(row + j + 16));
+            }
+            float now = fmaxf(largest[i], _mm512_reduce_max_ps(_mm512_max_ps(even, odd)));
+            float fade = from ? exp2f((largest[i] - now) * scale) : 0;
+            floats by = _mm512_set1_ps(scale), less = _mm512_set1_ps(-now * scale);
+            floats sum = _mm512_setzero_ps();
+            for (long j = 0; j < padded; j += 16) {
+                floats p = exp2_(_mm512_fmadd_ps(_mm512_loadu_ps(row + j), by, less));
+                sum = _mm512_add_ps(sum, p);
+                store(weights + i * KEYS + j, p);
+            }
+            sums[i] = sums[i] * fade + _mm512_reduce_add_ps(sum);
+            largest[i] = now;
+            if (from)
+                for (int e = 0; e < HEAD; e += 16) {
+                    float* to = out + i * HEAD + e;
+                    _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), _mm512_set1_ps(fade)));
+                }
+        }
+        for (int e = 0; e < HEAD; e += 32)
+            product(out + e, HEAD, from > 0, weights, KEYS, values + from / 32 * 4 * TILE + e / 16 * TILE,
+                    4 * TILE, TILE, padded / 32);
+    }
+    for (int i = 0; i < BLOCK; i++)
+        for (int e = 0; e < HEAD; e += 16) {
+            float* to = out + i * HEAD + e;
+            _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), _mm512_set1_ps(1 / sums[i])));
+        }
+}
+
+// Attention of two streams of rows [q k v] among both. The first stream's last row counts as if its
+// score were higher by `last`, in the units of the scores before their scale.
+int attention(bf16* first_out, bf16* second_out, const bf16* first, const bf16* second, long batch,
+              long l, long n, long heads, float last) {
+    long count = l + n, padded = (count + 31) / 32 * 32, width = heads * HEAD;
+    int failed = 0;
+#pragma omp parallel
+    {
+        long size = padded * HEAD;
+        bf16* room = aligned_alloc(64, 4 * size * sizeof(bf16));  // rows beyond `count` stay zeros
+        if (room) memset(room, 0, 4 * size * sizeof(bf16));
+        else failed = 1;
+        configure();
+#pragma omp for schedule(dynamic)
+        for (long unit = 0; unit < batch * heads; unit++) {
+            if (!room) continue;
+            long b = unit / heads, head = unit % heads;
+            bf16 *queries = room, *keys = queries + size, *values = keys + size, *rows = values + size;
+            for (int part = 0; part < 3; part++) {  // the second stream first: its last row is `last`
+                bf16* to = part ? rows : queries;
+                for (long j = 0; j < count; j++) {
+                    const bf16* row = j < n ? second + (b * n + j) * 3 * width
+                                            : first + (b * l + j - n) * 3 * width;
+                    memcpy(to + j * HEAD, row + part * width + head * HEAD, HEAD * sizeof(bf16));
+                }
+                for (long j = 0; part == 1 && j < padded; j += 16) pack_keys(keys + j * HEAD, rows + j * HEAD);
+                for (long j = 0; part == 2 && j < padded; j += 2)
+                    pack_values(values + j / 32 * 4 * TILE + j % 32 * 16, rows + j * HEAD);
+            }
+            for (long i = 0; i < count; i += BLOCK) {
+                float out[BLOCK * HEAD] __attribute__((aligned(64)));
+                attend(out, queries + i * HEAD, keys, values, count, 0.125f * 1.44269504f, last);
+                for (long j = i; j < count && j < i + BLOCK; j++) {
+                    bf16* to = j < n ? second_out + (b * n + j) * width : first_out + (b * l + j - n) * width;
+                    for (int e = 0; e < HEAD; e += 16)
+                        store(to + head * HEAD + e, _mm512_loadu_ps(out + (j - i) * HEAD + e));
+                }
+            }
+        }
+        release();
+        free(room);
+    }
+    return failed;
+}
+
+// Ask the kernel for the tiles' registers; 0 where it gives them, or where none are needed.
+int begin(void) {
+#ifdef __AMX_BF16__
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) != 0;
+#else
+    return 0;
+#endif
+}

@@ -1,0 +1,89 @@
+"""`kernels.c`, compiled for this very CPU when it is first needed, and called without a copy.
+
+Where there is no C compiler, or the CPU lacks AVX512-BF16, there is no library and PyTorch does it.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+
+Pointer, Whole, Real = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+FUNCTIONS = {
+    "begin": [],
+    "modulate": [Pointer] * 4 + [Whole] * 4 + [Real],
+    "add_gated": [Pointer] * 3 + [Whole] * 4,
+    "gelu": [Pointer, Whole],
+    "normalise_heads": [Pointer] * 3 + [Whole] * 2 + [Real],
+    "attention": [Pointer] * 4 + [Whole] * 4 + [Real],
+}
+
+
+def cache() -> Path:
+    """Where libraries are kept from one run to the next."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd3min"
+
+
+def cpu() -> str:
+    """What this CPU can do, so that a cache on a shared disk holds a library for each."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line for line in lines if line.startswith("flags")), "")
+
+
+def compiled() -> Path:
+    """The library's path; OSError or CalledProcessError where it cannot be made."""
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+    if compiler is None:
+        raise OSError("there is no C compiler")
+    made_of = "".join([SOURCE.read_text(), cpu(), compiler, *FLAGS])
+    path = cache() / f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            os.replace(made, path)
+    return path
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library, or None, with one warning, where this machine cannot have it."""
+    try:
+        loaded = ctypes.CDLL(str(compiled()))  # torch's OpenMP, which is loaded, serves it too
+        for name, arguments in FUNCTIONS.items():
+            getattr(loaded, name).argtypes = arguments
+        if loaded.begin():
+            raise OSError("the system does not give AMX's registers")
+        return loaded
+    except (OSError, subprocess.CalledProcessError) as error:
+        lines = getattr(error, "stderr", None) or str(error)
+        reason = next((line for line in lines.splitlines() if "error" in line), lines.strip())
+        message = f"PyTorch does what sd3min's own loops would do faster ({reason})"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return None
+
+
+def serves(tensor: Tensor) -> bool:
+    """Whether a tensor is for the library: one row of values after the other, in bfloat16."""
+    fits = tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.is_contiguous()
+    return fits and library() is not None
+
+
+def call(name: str, *arguments: Tensor | int | float) -> None:
+    """Call a function, with tensors as pointers to their values."""
+    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    if getattr(library(), name)(*values):
+        raise MemoryError(f"there is no memory for {name}")
