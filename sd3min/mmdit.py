@@ -79,7 +79,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """Latents to tokens."""
-        return rearrange(self.proj(latents), "b d h w -> b (h w) d")
+        return rearrange(self.proj(latents), "b d h w -> b (h w) d").contiguous()
 
 
 class Embedding(nn.Module):

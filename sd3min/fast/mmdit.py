@@ -118,7 +118,7 @@ class Run:
         if not self.first <= i < self.first + STEPS_AHEAD:
             self.first, self.tables = i, self.network.modulation(self.cond[i : i + STEPS_AHEAD])
         outer, h, w = self.network.outer, latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
-        image = (outer.x_embedder(latents) + outer.positions(h, w)).contiguous()
+        image = outer.x_embedder(latents) + outer.positions(h, w)
         context = self.context.clone()
         for block, tables in zip(self.network.blocks, self.tables, strict=True):
             parts = (table[i - self.first] for table in tables)
