@@ -107,6 +107,74 @@ int normalise_heads(bf16* qkv, const bf16* q_weight, const bf16* k_weight, long 
     return 0;
 }
 
+// ---- Rows of 8 bits ------------------------------------------------------------------------------
+
+// Every value minus, or plus, the one `step` places away: a stage of the Hadamard transform in 16.
+static inline floats stage(floats x, __m512i away, __mmask16 minus) {
+    return _mm512_add_ps(_mm512_permutexvar_ps(away, x),
+                         _mm512_mask_sub_ps(x, minus, _mm512_setzero_ps(), x));
+}
+
+// The orthogonal Hadamard transform of 64 values: it spreads a large one over all.
+static inline void rotate(floats x[4]) {
+    const __m512i places = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __mmask16 minus[4] = {0xAAAA, 0xCCCC, 0xF0F0, 0xFF00};
+    for (int bit = 0; bit < 4; bit++) {
+        __m512i away = _mm512_xor_si512(places, _mm512_set1_epi32(1 << bit));
+        for (int i = 0; i < 4; i++) x[i] = stage(x[i], away, minus[bit]);
+    }
+    floats a = _mm512_add_ps(x[0], x[1]), b = _mm512_sub_ps(x[0], x[1]);
+    floats c = _mm512_add_ps(x[2], x[3]), d = _mm512_sub_ps(x[2], x[3]);
+    const floats eighth = _mm512_set1_ps(0.125f);
+    x[0] = _mm512_mul_ps(_mm512_add_ps(a, c), eighth), x[1] = _mm512_mul_ps(_mm512_add_ps(b, d), eighth);
+    x[2] = _mm512_mul_ps(_mm512_sub_ps(a, c), eighth), x[3] = _mm512_mul_ps(_mm512_sub_ps(b, d), eighth);
+}
+
+// Each row, rotated in pieces of 64, as whole numbers of a 127th of its largest value.
+int quantise(int8_t* out, float* scales, const bf16* x, long rows, long width) {
+    int failed = 0;
+#pragma omp parallel
+    {
+        float* row = aligned_alloc(64, width * sizeof(float));
+        if (!row) failed = 1;
+#pragma omp for schedule(static)
+        for (long r = 0; r < rows; r++) {
+            if (!row) continue;
+            floats most = _mm512_set1_ps(1e-30f);
+            for (long i = 0; i < width; i += 64) {
+                floats piece[4];
+                for (int k = 0; k < 4; k++) piece[k] = load(x + r * width + i + 16 * k);
+                rotate(piece);
+                for (int k = 0; k < 4; k++) {
+                    most = _mm512_max_ps(most, _mm512_abs_ps(piece[k]));
+                    _mm512_store_ps(row + i + 16 * k, piece[k]);
+                }
+            }
+            scales[r] = _mm512_reduce_max_ps(most) / 127;
+            floats by = _mm512_set1_ps(1 / scales[r]);
+            for (long i = 0; i < width; i += 16) {
+                __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(row + i), by));
+                _mm_storeu_si128((__m128i*)(out + r * width + i), _mm512_cvtsepi32_epi8(whole));
+            }
+        }
+        free(row);
+    }
+    return failed;
+}
+
+// Each row by its scale, plus the bias
+int rescale(bf16* y, const float* scales, const bf16* bias, long rows, long width) {
+#pragma omp parallel for schedule(static)
+    for (long r = 0; r < rows; r++) {
+        floats by = _mm512_set1_ps(scales[r]);
+        for (long i = 0; i < width; i += 16) {
+            bf16* at = y + r * width + i;
+            store(at, _mm512_fmadd_ps(load(at), by, load(bias + i)));
+        }
+    }
+    return 0;
+}
+
 // ---- Products of 32 rows with 32 columns ---------------------------------------------------------
 //
 // c [32 x 32 of a row length] (+)= a [32 x 32*tiles] * b, where b lies in tiles of 32 x 16 values: tile
@@ -200,48 +268,50 @@ static void attend(float* out, const bf16* queries, const bf16* keys, const bf16
                    float scale, float last) {
     float scores[BLOCK * KEYS] __attribute__((aligned(64)));
     bf16 weights[BLOCK * KEYS] __attribute__((aligned(64)));
-    float largest[BLOCK], sums[BLOCK];
-    for (int i = 0; i < BLOCK; i++) largest[i] = -INFINITY, sums[i] = 0;
+    float largest[BLOCK], now[BLOCK], fade[BLOCK], sums[BLOCK * 16] __attribute__((aligned(64))) = {0};
+    const floats by = _mm512_set1_ps(scale);
+    for (int i = 0; i < BLOCK; i++) largest[i] = -INFINITY;
     for (long from = 0; from < count; from += KEYS) {
         long some = count - from < KEYS ? count - from : KEYS, padded = (some + 31) / 32 * 32;
         for (long j = 0; j < padded; j += 32)
-            product(scores + j, KEYS, 0, queries, HEAD, keys + (from + j) / 16 * 2 * TILE, TILE,
-                    2 * TILE, 2);
+            product(scores + j, KEYS, 0, queries, HEAD, keys + (from + j) * HEAD, TILE, 2 * TILE, 2);
         for (int i = 0; i < BLOCK; i++) {
             float* row = scores + i * KEYS;
             for (long j = some; j < padded; j++) row[j] = -INFINITY;
             if (from + some == count) row[some - 1] += last;
-            floats even = _mm512_loadu_ps(row), odd = _mm512_loadu_ps(row + 16);
+            floats even = _mm512_load_ps(row), odd = _mm512_load_ps(row + 16);
             for (long j = 32; j < padded; j += 32) {
-                even = _mm512_max_ps(even, _mm512_loadu_ps(row + j));
-                odd = _mm512_max_ps(odd, _mm512_loadu_ps(row + j + 16));
+                even = _mm512_max_ps(even, _mm512_load_ps(row + j));
+                odd = _mm512_max_ps(odd, _mm512_load_ps(row + j + 16));
             }
-            float now = fmaxf(largest[i], _mm512_reduce_max_ps(_mm512_max_ps(even, odd)));
-            float fade = from ? exp2f((largest[i] - now) * scale) : 0;
-            floats by = _mm512_set1_ps(scale), less = _mm512_set1_ps(-now * scale);
-            floats sum = _mm512_setzero_ps();
+            now[i] = fmaxf(largest[i], _mm512_reduce_max_ps(_mm512_max_ps(even, odd)));
+        }
+        for (int i = 0; i < BLOCK; i += 16) {
+            floats less = _mm512_sub_ps(_mm512_loadu_ps(largest + i), _mm512_loadu_ps(now + i));
+            _mm512_storeu_ps(fade + i, exp2_(_mm512_mul_ps(less, by)));
+            _mm512_storeu_ps(largest + i, _mm512_loadu_ps(now + i));
+        }
+        for (int i = 0; i < BLOCK; i++) {
+            floats less = _mm512_set1_ps(-now[i] * scale), faded = _mm512_set1_ps(fade[i]);
+            floats sum = _mm512_mul_ps(_mm512_load_ps(sums + 16 * i), faded);
             for (long j = 0; j < padded; j += 16) {
-                floats p = exp2_(_mm512_fmadd_ps(_mm512_loadu_ps(row + j), by, less));
+                floats p = exp2_(_mm512_fmadd_ps(_mm512_load_ps(scores + i * KEYS + j), by, less));
                 sum = _mm512_add_ps(sum, p);
                 store(weights + i * KEYS + j, p);
             }
-            sums[i] = sums[i] * fade + _mm512_reduce_add_ps(sum);
-            largest[i] = now;
-            if (from)
-                for (int e = 0; e < HEAD; e += 16) {
-                    float* to = out + i * HEAD + e;
-                    _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), _mm512_set1_ps(fade)));
-                }
+            _mm512_store_ps(sums + 16 * i, sum);
+            for (int e = 0; from && fade[i] != 1 && e < HEAD; e += 16)
+                _mm512_store_ps(out + i * HEAD + e, _mm512_mul_ps(_mm512_load_ps(out + i * HEAD + e), faded));
         }
         for (int e = 0; e < HEAD; e += 32)
-            product(out + e, HEAD, from > 0, weights, KEYS, values + from / 32 * 4 * TILE + e / 16 * TILE,
-                    4 * TILE, TILE, padded / 32);
+            product(out + e, HEAD, from > 0, weights, KEYS, values + from * HEAD + e / 16 * TILE, 4 * TILE,
+                    TILE, padded / 32);
     }
-    for (int i = 0; i < BLOCK; i++)
-        for (int e = 0; e < HEAD; e += 16) {
-            float* to = out + i * HEAD + e;
-            _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), _mm512_set1_ps(1 / sums[i])));
-        }
+    for (int i = 0; i < BLOCK; i++) {
+        floats whole = _mm512_set1_ps(1 / _mm512_reduce_add_ps(_mm512_load_ps(sums + 16 * i)));
+        for (int e = 0; e < HEAD; e += 16)
+            _mm512_store_ps(out + i * HEAD + e, _mm512_mul_ps(_mm512_load_ps(out + i * HEAD + e), whole));
+    }
 }
 
 // Attention of two streams of rows [q k v] among both. The first stream's last row counts as if its

@@ -78,15 +78,49 @@ def joint_attention(
     context_qkv: Float[Tensor, "b l d3"], image_qkv: Float[Tensor, "b n d3"], repeats: int = 1
 ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b n d"]]:
     """Attention of both streams among both; `repeats` counts the last row of the context."""
-    l, n, width = context_qkv.shape[1], *image_qkv.shape[1:]
+    rows = context_qkv.shape[1], image_qkv.shape[1]
     if native.serves(image_qkv):
-        shapes = [(*qkv.shape[:2], width // 3) for qkv in (context_qkv, image_qkv)]
-        to_context, to_image = map(image_qkv.new_empty, shapes)
-        sizes = len(image_qkv), l, n, width // (3 * HEAD_WIDTH)
+        batch, _, width = image_qkv.shape
+        to_context, to_image = (image_qkv.new_empty(batch, count, width // 3) for count in rows)
         last = math.log(repeats) * HEAD_WIDTH**0.5  # the scores are scaled after it is added
-        tensors = to_context, to_image, context_qkv, image_qkv
-        native.call("attention", *tensors, *sizes, last)
+        sizes = batch, *rows, width // (3 * HEAD_WIDTH)
+        native.call("attention", to_context, to_image, context_qkv, image_qkv, *sizes, last)
         return to_context, to_image
     both = torch.cat([image_qkv, context_qkv], dim=1)  # the context last, for its last row
-    to_image, to_context = attention(both, repeats).split([n, l], dim=1)
+    to_image, to_context = attention(both, repeats).split(rows[::-1], dim=1)
     return to_context, to_image
+
+
+def rotation() -> Float[Tensor, "64 64"]:
+    """The orthogonal Hadamard matrix of 64 rows, which is its own inverse."""
+    matrix = torch.ones(1, 1)
+    for _ in range(6):
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / 8
+
+
+def rotate(x: Tensor) -> Tensor:
+    """The last axis in pieces of 64, each rotated, so that a value that stands out is spread."""
+    return (x.unflatten(-1, (-1, 64)) @ rotation().to(x)).flatten(-2)
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Float[Tensor, "... 1"]]:
+    """Each row rotated, as whole numbers from −127 to 127, and what they are to be multiplied by."""
+    if native.serves(x):
+        whole, scales = (
+            torch.empty_like(x, dtype=torch.int8),
+            x.new_empty(x.shape[:-1], dtype=torch.float32),
+        )
+        native.call("quantise", whole, scales, x, x.shape[:-1].numel(), x.shape[-1])
+        return whole, scales[..., None]
+    exact = rotate(x.float())
+    scales = exact.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return (exact / scales).round().to(torch.int8), scales
+
+
+def rescale_(y: Tensor, scales: Float[Tensor, "... 1"], bias: Tensor) -> Tensor:
+    """y·scales + bias, which may use the memory of y."""
+    if not native.serves(y):
+        return (y * scales + bias).to(bias.dtype)
+    native.call("rescale", y, scales, bias, y.shape[:-1].numel(), y.shape[-1])
+    return y

@@ -1,7 +1,10 @@
 """Linear layers in forms that are made once, when the weights are read."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sd3min.fast import kernels
 
 
 class PackedLinear(nn.Module):
@@ -17,8 +20,44 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
+def on_cpu(tensor: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether a tensor is in one of these types on the CPU."""
+    return tensor.device.type == "cpu" and tensor.dtype in dtypes
+
+
 def packed(linear: nn.Linear) -> nn.Module:
     """The layer, packed where that is for something."""
-    weight = linear.weight
-    fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    return PackedLinear(linear) if fits else linear
+    return PackedLinear(linear) if on_cpu(linear.weight, torch.bfloat16) else linear
+
+
+class Int8Linear(nn.Module):
+    """Weights and activations of 8 bits, with a scale for each row of either.
+
+    Both are rotated first, W·x = (W·H)·(H·x), so that the few large values that trained networks
+    have do not take the others' digits. Products and sums are exact; what is lost is lost in
+    rounding the factors to 255 levels.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight, scales = kernels.quantise(linear.weight.float())
+        self.packed = on_cpu(linear.weight, torch.float32, torch.bfloat16)
+        if self.packed:
+            weight = torch.ops.onednn.qlinear_prepack(weight, None)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scales", scales.flatten())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, inputs] to […, outputs]."""
+        whole, scales = kernels.quantise(x)
+        return kernels.rescale_(self.product(whole, x.dtype), scales, self.bias)
+
+    def product(self, whole: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of whole numbers by the weights, whose scales are applied."""
+        if not self.packed:
+            return F.linear(whole.to(dtype), self.weight.to(dtype)) * self.scales.to(dtype)
+        zeros = torch.zeros(len(self.scales), dtype=torch.int32)
+        return torch.ops.onednn.qlinear_pointwise(
+            whole, 1.0, 0, self.weight, self.scales, zeros, None, 1.0, 0, dtype, "none", [], ""
+        )

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ FUNCTIONS = {
     "add_gated": [Pointer] * 3 + [Whole] * 4,
     "gelu": [Pointer, Whole],
     "normalise_heads": [Pointer] * 3 + [Whole] * 2 + [Real],
+    "quantise": [Pointer] * 3 + [Whole] * 2,
+    "rescale": [Pointer] * 3 + [Whole] * 2,
     "attention": [Pointer] * 4 + [Whole] * 4 + [Real],
 }
 
@@ -41,33 +44,38 @@ def cpu() -> str:
     return next((line for line in lines if line.startswith("flags")), "")
 
 
-def compiled() -> Path:
+def compiled(flags: Sequence[str] = FLAGS) -> Path:
     """The library's path; OSError or CalledProcessError where it cannot be made."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
     if compiler is None:
         raise OSError("there is no C compiler")
-    made_of = "".join([SOURCE.read_text(), cpu(), compiler, *FLAGS])
+    made_of = "".join([SOURCE.read_text(), cpu(), compiler, *flags])
     path = cache() / f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+            command = [compiler, *flags, str(SOURCE), "-o", str(made), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
             os.replace(made, path)
     return path
+
+
+def loaded(path: Path) -> ctypes.CDLL:
+    """A library with the types of its functions; torch's OpenMP, which is there, serves it too."""
+    library = ctypes.CDLL(str(path))
+    for name, arguments in FUNCTIONS.items():
+        getattr(library, name).argtypes = arguments
+    if library.begin():
+        raise OSError("the system does not give AMX's registers")
+    return library
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The library, or None, with one warning, where this machine cannot have it."""
     try:
-        loaded = ctypes.CDLL(str(compiled()))  # torch's OpenMP, which is loaded, serves it too
-        for name, arguments in FUNCTIONS.items():
-            getattr(loaded, name).argtypes = arguments
-        if loaded.begin():
-            raise OSError("the system does not give AMX's registers")
-        return loaded
+        return loaded(compiled())
     except (OSError, subprocess.CalledProcessError) as error:
         lines = getattr(error, "stderr", None) or str(error)
         reason = next((line for line in lines.splitlines() if "error" in line), lines.strip())
