@@ -105,14 +105,12 @@ def rotate(x: Tensor) -> Tensor:
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Float[Tensor, "... 1"]]:
-    """Each row rotated, as whole numbers from −127 to 127, and what they are to be multiplied by."""
+    """Rows rotated, as whole numbers from −127 to 127, and what each is to be multiplied by."""
     if native.serves(x):
-        whole, scales = (
-            torch.empty_like(x, dtype=torch.int8),
-            x.new_empty(x.shape[:-1], dtype=torch.float32),
-        )
-        native.call("quantise", whole, scales, x, x.shape[:-1].numel(), x.shape[-1])
-        return whole, scales[..., None]
+        whole = torch.empty_like(x, dtype=torch.int8)
+        scales = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+        native.call("quantise", whole, scales, x, scales.numel(), x.shape[-1])
+        return whole, scales
     exact = rotate(x.float())
     scales = exact.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
     return (exact / scales).round().to(torch.int8), scales

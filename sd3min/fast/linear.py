@@ -38,6 +38,9 @@ class Int8Linear(nn.Module):
     rounding the factors to 255 levels.
     """
 
+    weight: Tensor
+    scales: Tensor
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight, scales = kernels.quantise(linear.weight.float())
@@ -57,7 +60,7 @@ class Int8Linear(nn.Module):
         """Rows of whole numbers by the weights, whose scales are applied."""
         if not self.packed:
             return F.linear(whole.to(dtype), self.weight.to(dtype)) * self.scales.to(dtype)
-        zeros = torch.zeros(len(self.scales), dtype=torch.int32)
+        zeros = torch.zeros_like(self.scales, dtype=torch.int32)
         return torch.ops.onednn.qlinear_pointwise(
             whole, 1.0, 0, self.weight, self.scales, zeros, None, 1.0, 0, dtype, "none", [], ""
         )
