@@ -1,19 +1,19 @@
 """The autoencoder's decoder in strips of rows: quicker, and small at any size.
 
-The same function as `autoencoder.Decoder`, with the same weights, by five means:
+The same function as `autoencoder.Decoder`, with the same weights, by four means:
 
 - maps lie in memory place by place, all channels of a place together, as the processor's
   convolutions want them;
-- every layer runs over strips of rows that stay in its caches, and adds to its input in place;
+- every layer runs over strips of rows that stay in its caches, and a block's outcome takes the
+  place of what lies between its convolutions;
 - what a group normalisation needs to know of the whole map, the mean and variance of each channel,
   is gathered while the map is written;
 - a 3×3 convolution after every place was repeated four times is four 2×2 convolutions of the small
-  map, one for each place of a block of four: less than half of the products;
-- an upsampled map is never whole in memory: its strips are computed when they are asked for.
+  map, one for each place of a block of four: less than half of the products.
 """
 
+import copy
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,105 +30,43 @@ TAPS = [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]
 """Rows of a kernel that meet the same row of the small map: [row of the block, small row, row]."""
 
 
-class Statistics:
-    """Mean and variance of a map's channels, gathered strip by strip."""
+class Map:
+    """A feature map in memory, channels last, and its channels' statistics.
 
-    def __init__(self):
-        self.strips: list[tuple[int, Tensor, Tensor]] = []
+    Each strip is written once; the statistics are complete when all are.
+    """
 
-    def add(self, strip: Strip) -> None:
-        """Take one more strip into account, in float32 or, for a map in float64, in float64."""
-        exact = torch.promote_types(strip.dtype, torch.float32)
-        unused = torch.zeros(2, strip.shape[1], dtype=exact, device=strip.device)
-        self.strips.append((strip.shape[2], *torch.batch_norm_update_stats(strip, *unused, 0.0)))
+    def __init__(self, values: Features):
+        self.values = values
+        self.height, self.width = values.shape[2:]
+        self.written: list[tuple[int, Tensor, Tensor]] = []
 
-    def of_groups(self, groups: int) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
-        """Mean and variance of each channel's group, over the whole map."""
-        rows, *parts = zip(*self.strips, strict=True)
+    @classmethod
+    def empty(cls, bias: Float[Tensor, " d"], height: int, width: int) -> "Map":
+        """Room for what a convolution with this bias gives."""
+        layout = {"dtype": bias.dtype, "device": bias.device, "memory_format": torch.channels_last}
+        return cls(torch.empty(1, len(bias), height, width, **layout))
+
+    def strip(self, top: int, bottom: int) -> Strip:
+        """Rows from `top` to before `bottom`."""
+        return self.values[:, :, top:bottom]
+
+    def wrote(self, top: int, bottom: int) -> None:
+        """Take rows that were written into account, in float32, or float64 for a map of float64."""
+        rows = self.strip(top, bottom)
+        exact = torch.promote_types(rows.dtype, torch.float32)
+        unused = torch.zeros(2, rows.shape[1], dtype=exact, device=rows.device)
+        self.written.append((bottom - top, *torch.batch_norm_update_stats(rows, *unused, 0.0)))
+
+    def statistics(self, groups: int) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+        """Mean and variance over the whole map of the group that each channel belongs to."""
+        rows, *parts = zip(*self.written, strict=True)
         means, variances = (rearrange(torch.stack(p), "s (g d) -> s g d", g=groups) for p in parts)
-        weights = torch.tensor(rows).to(means)[:, None, None] / (sum(rows) * means.shape[2])
+        weights = torch.tensor(rows).to(means)[:, None, None] / (self.height * means.shape[2])
         mean = reduce(weights * means, "s g d -> g 1", "sum")
         variance = reduce(weights * (variances + (means - mean) ** 2), "s g d -> g 1", "sum")
         each = means.shape[2]
         return mean.expand(-1, each).flatten(), variance.expand(-1, each).flatten()
-
-
-class Source(Protocol):
-    """A map whose rows can be asked for, and its statistics."""
-
-    statistics: Statistics
-    shape: torch.Size
-
-    def strip(self, top: int, bottom: int) -> Strip:
-        """Rows from `top` to before `bottom`, those beyond the map left out."""
-        ...
-
-
-class Kept:
-    """A map in memory, whose last values come strip by strip."""
-
-    def __init__(self, values: Features):
-        self.values, self.shape = values, values.shape
-        self.statistics = Statistics()
-
-    @classmethod
-    def room(cls, weight: Tensor, h: int, w: int) -> "Kept":
-        """Room for what a convolution with this weight gives."""
-        return cls(rearrange(weight.new_empty(1, h, w, len(weight)), "1 h w d -> 1 d h w"))
-
-    def strip(self, top: int, bottom: int) -> Strip:
-        """Rows from `top` to before `bottom`, those beyond the map left out."""
-        return self.values[:, :, max(top, 0) : bottom]
-
-    def write(self, top: int, rows: Strip) -> None:
-        """Put rows in their place, for good."""
-        self.strip(top, top + rows.shape[2]).copy_(rows)
-        self.statistics.add(rows)
-
-    def add(self, top: int, rows: Strip) -> None:
-        """Add rows to those in their place, for good."""
-        self.statistics.add(self.strip(top, top + rows.shape[2]).add_(rows))
-
-
-class UpsampledConvolution(nn.Module):
-    """A 3×3 convolution of a map that repeats every place of a small map four times."""
-
-    def __init__(self, conv: nn.Conv2d):
-        super().__init__()
-        taps = torch.tensor(TAPS, dtype=torch.float64, device=conv.weight.device)
-        kernels = einsum(conv.weight.double(), taps, taps, "o i y x, a p y, b q x -> a b o i p q")
-        self.weight = nn.Parameter(kernels.to(conv.weight.dtype), requires_grad=False)
-        self.bias = conv.bias
-
-    def forward(self, small: Features, top: int, bottom: int) -> Strip:
-        """Rows from `top` to before `bottom` of the large map."""
-        first, last = top // 2, (bottom + 1) // 2
-        near = small[:, :, max(first - 1, 0) : last + 1]
-        near = F.pad(near, (0, 0, first == 0, last == small.shape[2]))
-        w = small.shape[3]
-        large = small.new_empty(1, 2 * (last - first), 2 * w, small.shape[1])
-        large = rearrange(large, "1 h w d -> 1 d h w")
-        for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            rows = near[:, :, a : a + last - first + 1]
-            place = F.conv2d(rows, self.weight[a, b], self.bias, padding=(0, 1))
-            large[:, :, a::2, b::2] = place[..., b : b + w]
-        return large[:, :, top - 2 * first : bottom - 2 * first]
-
-
-class Upsampled:
-    """A map of twice the size after a convolution, computed where it is asked for."""
-
-    def __init__(self, conv: UpsampledConvolution, small: Features, rows: int):
-        self.conv, self.small = conv, small
-        _, width, h, w = small.shape
-        self.shape = torch.Size((1, width, 2 * h, 2 * w))
-        self.statistics = Statistics()
-        for top, bottom in strips(2 * h, rows):
-            self.statistics.add(self.strip(top, bottom))
-
-    def strip(self, top: int, bottom: int) -> Strip:
-        """Rows from `top` to before `bottom`, those beyond the map left out."""
-        return self.conv(self.small, max(top, 0), min(bottom, self.shape[2]))
 
 
 def strips(height: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -136,38 +74,37 @@ def strips(height: int, rows: int) -> Iterator[tuple[int, int]]:
     return ((top, min(top + rows, height)) for top in range(0, height, rows))
 
 
-def convolve(
-    norm: nn.GroupNorm, conv: nn.Conv2d, source: Source, rows: int
-) -> Iterator[tuple[int, Strip, Strip]]:
-    """Normalisation, SiLU and 3×3 convolution: first row, rows of the source and outcome of each
-    strip.
+def convolved(
+    norm: nn.GroupNorm, conv: nn.Conv2d, x: Map, rows: int
+) -> Iterator[tuple[int, int, Strip]]:
+    """First row, row after the last and outcome, after normalisation, SiLU and 3×3 convolution, of
+    each strip, over whose rows of `x` the caller may write.
 
     A group normalisation whose mean and variance are known is a batch normalisation at rest.
     """
-    height = source.shape[2]
-    mean, variance = source.statistics.of_groups(norm.num_groups)
-    weight, bias = norm.weight.to(mean), norm.bias.to(mean)
-    for top, bottom in strips(height, rows):
-        strip = source.strip(top - 1, bottom + 1)
-        hidden = F.batch_norm(strip, mean, variance, weight, bias, eps=norm.eps)
-        above, below = top == 0, bottom == height
-        hidden = F.pad(F.silu(hidden, inplace=True), (0, 0, above, below))
-        own = strip[:, :, 1 - above :][:, :, : bottom - top]
-        yield top, own, F.conv2d(hidden, conv.weight, conv.bias, padding=(0, 1))
+    mean, variance = x.statistics(norm.num_groups)
+    given = {"weight": norm.weight.to(mean), "bias": norm.bias.to(mean), "eps": norm.eps}
+    edge = torch.zeros_like(x.strip(0, 1))
+    before, done = edge, 0  # activated rows that the next strip begins with, and how many are done
+    for top, bottom in strips(x.height, rows):
+        until = min(bottom + 1, x.height)
+        new = F.silu(F.batch_norm(x.strip(done, until), mean, variance, **given), inplace=True)
+        activated = torch.cat([before, new] + [edge] * (bottom == x.height), dim=2)
+        before, done = activated[:, :, -2:].clone(), until
+        yield top, bottom, F.conv2d(activated, conv.weight, conv.bias, padding=(0, 1))
 
 
-def residual(block: ResidualBlock, x: Source, rows: int) -> Kept:
-    """A residual block; where its input is in memory and as wide as its outcome, in place."""
-    h, w = x.shape[2:]
-    in_place = isinstance(x, Kept) and isinstance(block.nin_shortcut, nn.Identity)
-    out = Kept(x.values) if in_place else Kept.room(block.conv2.weight, h, w)
-    hidden = Kept.room(block.conv1.weight, h, w)
-    for top, own, convolved in convolve(block.norm1, block.conv1, x, rows):
-        hidden.write(top, convolved)
-        if not in_place:
-            out.strip(top, top + own.shape[2]).copy_(block.nin_shortcut(own))
-    for top, _, convolved in convolve(block.norm2, block.conv2, hidden, rows):
-        out.add(top, convolved)
+def residual(block: ResidualBlock, x: Map, rows: int) -> Map:
+    """A residual block, in the room of what lies between its convolutions."""
+    hidden = Map.empty(block.conv1.bias, x.height, x.width)
+    for top, bottom, strip in convolved(block.norm1, block.conv1, x, rows):
+        hidden.strip(top, bottom).copy_(strip)
+        hidden.wrote(top, bottom)
+    out = Map(hidden.values)
+    for top, bottom, strip in convolved(block.norm2, block.conv2, hidden, rows):
+        shortcut = block.nin_shortcut(x.strip(top, bottom))
+        torch.add(shortcut, strip, out=out.strip(top, bottom))
+        out.wrote(top, bottom)
     return out
 
 
@@ -176,35 +113,60 @@ def linear(conv: nn.Conv2d, places: Float[Tensor, "... d"]) -> Float[Tensor, "..
     return F.linear(places, conv.weight.flatten(1), conv.bias)
 
 
-def attend(attention: SelfAttention, x: Kept) -> Kept:
-    """Attention among all places, added in place."""
+def attend(attention: SelfAttention, x: Map) -> Map:
+    """Attention among all places, in place."""
     places = rearrange(attention.norm(x.values), "1 d h w -> 1 1 (h w) d")
     q, k, v = (linear(part, places) for part in (attention.q, attention.k, attention.v))
-    out = linear(attention.proj_out, F.scaled_dot_product_attention(q, k, v))
-    attended = Kept(x.values)
-    attended.add(0, rearrange(out, "1 1 (h w) d -> 1 d h w", h=x.shape[2]))
-    return attended
+    outcome = linear(attention.proj_out, F.scaled_dot_product_attention(q, k, v))
+    out = Map(x.values.add_(rearrange(outcome, "1 1 (h w) d -> 1 d h w", h=x.height)))
+    out.wrote(0, out.height)
+    return out
+
+
+class Upsample(nn.Module):
+    """A 3×3 convolution of a map that has every place of a small map four times."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        taps = torch.tensor(TAPS, dtype=torch.float64, device=conv.weight.device)
+        kernels = einsum(conv.weight.double(), taps, taps, "o i y x, a p y, b q x -> a b o p q i")
+        kernels = kernels.contiguous().to(conv.weight.dtype)
+        self.weight = nn.Parameter(rearrange(kernels, "a b o p q i -> a b o i p q"), False)
+        self.bias = conv.bias
+
+    def forward(self, small: Map, rows: int) -> Map:
+        """A map of twice the size."""
+        large = Map.empty(self.bias, 2 * small.height, 2 * small.width)
+        for top, bottom in strips(small.height, rows):
+            near = small.strip(max(top - 1, 0), bottom + 1)
+            if top == 0 or bottom == small.height:
+                near = F.pad(near, (0, 0, top == 0, bottom == small.height))
+            blocks = large.strip(2 * top, 2 * bottom)
+            for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                around = near[:, :, a : a + bottom - top + 1]
+                places = F.conv2d(around, self.weight[a, b], self.bias, padding=(0, 1))
+                blocks[:, :, a::2, b::2] = places[..., b : b + small.width]
+            large.wrote(2 * top, 2 * bottom)
+        return large
 
 
 class FastDecoder(nn.Module):
-    """The function of a plain decoder, by its own weights.
-
-    It is made anew when they change: the upsampling convolutions' kernels are sums of theirs.
-    """
+    """The function of a plain decoder, with copies of its weights."""
 
     def __init__(self, decoder: Decoder):
         super().__init__()
-        self.decoder = decoder
-        self.upsample = nn.ModuleList(
-            UpsampledConvolution(level.upsample.conv) if i > 0 else nn.Identity()
-            for i, level in enumerate(decoder.up)
-        )
+        decoder = copy.deepcopy(decoder).to(memory_format=torch.channels_last)
+        self.conv_in, self.mid = decoder.conv_in, decoder.mid
+        self.up = decoder.up
+        for level in decoder.up[1:]:
+            level.upsample = Upsample(level.upsample.conv)
+        self.norm_out, self.conv_out = decoder.norm_out, decoder.conv_out
 
     @torch.no_grad()
-    def forward(self, latents: Latents, rows: int | None = None) -> Images:
+    def forward(self, latents: Latents, rows: int | None = 32) -> Images:
         """Latents, neither scaled nor shifted, to pictures in −1 to 1, one after the other.
 
-        `rows`: of every map, that are worked on at a time; by default all of them.
+        `rows`: of every map, worked on at a time; None for all.
         """
         rows = rows or 8 * latents.shape[2]
         return torch.cat([self.picture(one, rows) for one in latents.split(1)])
@@ -212,18 +174,17 @@ class FastDecoder(nn.Module):
     def picture(self, latents: Float[Tensor, "1 c h w"], rows: int) -> Float[Tensor, "1 3 H W"]:
         """One picture."""
         x = self.smallest(latents, rows)
-        for level, upsample in reversed(list(zip(self.decoder.up, self.upsample, strict=True))):
+        for level in reversed(self.up):
             for block in level.block:
                 x = residual(block, x, rows)
-            if isinstance(upsample, UpsampledConvolution):
-                x = Upsampled(upsample, x.values, rows)
-        last = convolve(self.decoder.norm_out, self.decoder.conv_out, x, rows)
+            if hasattr(level, "upsample"):
+                x = level.upsample(x, rows)
+        last = convolved(self.norm_out, self.conv_out, x, rows)
         return torch.cat([strip for _, _, strip in last], dim=2).contiguous()
 
-    def smallest(self, latents: Float[Tensor, "1 c h w"], rows: int) -> Kept:
+    def smallest(self, latents: Float[Tensor, "1 c h w"], rows: int) -> Map:
         """The map at the latents' size."""
-        conv, mid = self.decoder.conv_in, self.decoder.mid
-        latents = latents.contiguous(memory_format=torch.channels_last)
-        x = Kept.room(conv.weight, *latents.shape[2:])
-        x.write(0, conv(latents))
-        return residual(mid.block_2, attend(mid.attn_1, residual(mid.block_1, x, rows)), rows)
+        x = Map(self.conv_in(latents.contiguous(memory_format=torch.channels_last)))
+        x.wrote(0, x.height)
+        x = attend(self.mid.attn_1, residual(self.mid.block_1, x, rows))
+        return residual(self.mid.block_2, x, rows)
