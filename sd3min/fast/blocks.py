@@ -15,6 +15,7 @@ from sd3min.mmdit import DualStream, Heads, JointBlock, LastContextStream, Strea
 AnyStream = Stream | LastContextStream
 Parts = Float[Tensor, "b _ d"]
 MODULATION = "adaLN_modulation"
+ROWS = 1024  # tokens that go through an MLP at a time, for the size of its hidden layer
 
 
 def qkv(attn: Heads, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d3"]:
@@ -41,8 +42,11 @@ def closed(
         tokens = kernels.add_gated_(tokens, parts[:, 8], own)
     tokens = kernels.add_gated_(tokens, parts[:, 2], stream.attn.proj(attended))
     fc1, _, fc2 = stream.mlp
-    hidden = kernels.gelu_(fc1(kernels.modulate(tokens, parts[:, 3], parts[:, 4])))
-    return kernels.add_gated_(tokens, parts[:, 5], fc2(hidden))
+    for own_tokens, own_parts in zip(tokens.split(1), parts.split(1), strict=True):
+        for rows in own_tokens.split(ROWS, dim=1):
+            hidden = fc1(kernels.modulate(rows, own_parts[:, 3], own_parts[:, 4]))
+            kernels.add_gated_(rows, own_parts[:, 5], fc2(kernels.gelu_(hidden)))
+    return tokens
 
 
 class FastBlock(nn.Module):
