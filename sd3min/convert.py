@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sd3min.checkpoint import AnyPath, AnyPaths, Checkpoint
+from sd3min.checkpoint import DEFAULTS, AnyPath, AnyPaths, Checkpoint, read_defaults
 from sd3min.config import MMDiTConfig, Refusal
 from sd3min.folder import COMPONENTS, component_config, model_index, scheduler_config
 from sd3min.formats import SUFFIXES, Row, rows
@@ -65,9 +65,19 @@ def to_file(opened: Checkpoint, target: Path, progress: bool) -> None:
     tensors, metadata = official_tensors(opened), opened.metadata
     if (opened.path / RECORD).is_file():
         tensors, metadata = restored(tensors, opened.path)
+    metadata = with_shift(metadata, opened)
     needed = sum(tensor.bytes for tensor in tensors.values())
     with new(target, needed) as file, progress_bar(needed, target, progress) as bar:
         write_tensors(file, tensors, metadata, bar.update)
+
+
+def with_shift(metadata: dict[str, str], opened: Checkpoint) -> dict[str, str]:
+    """Metadata with the shift of a folder's scheduler, where it says another one."""
+    shift = opened.defaults.shift
+    if read_defaults(opened.path, metadata).shift == shift:
+        return metadata
+    said = json.loads(metadata.get(DEFAULTS, "{}")) | {"shift": shift}
+    return metadata | {DEFAULTS: json.dumps(said)}
 
 
 def to_folder(opened: Checkpoint, target: Path, shard_size: int | None, progress: bool) -> None:

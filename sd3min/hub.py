@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sd3min.config import Refusal
-from sd3min.folder import COMPONENTS
+from sd3min.folder import COMPONENTS, SCHEDULER
 
 NAME = r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*"
 TOKENIZERS = "stabilityai/stable-diffusion-3-medium-diffusers"  # for repositories without any
@@ -49,7 +49,8 @@ def fetch(text: str, parts: Sequence[str], tokenizers: bool = True) -> Fetched:
     kinds = [COMPONENTS[part].tokenizer for part in COMPONENTS if part in parts and tokenizers]
     folders = [kind[0] for kind in kinds if kind]
     words = [f for f in files if f.split("/")[0] in folders]
-    place = download(name, weights + words)
+    schedule = [SCHEDULER] if SCHEDULER in files and "mmdit" in parts and not file else []
+    place = download(name, weights + words + schedule)
     if folders and not words:
         others = listing(TOKENIZERS)
         words = [f for f in others if f.split("/")[0] in folders]

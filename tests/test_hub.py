@@ -7,6 +7,7 @@ import ast
 import errno
 import hashlib
 import json
+import shutil
 import threading
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +25,7 @@ import sd3min
 from sd3min import cli, convert, hub
 from sd3min.checkpoint import Checkpoint
 from sd3min.config import Refusal
+from sd3min.folder import SCHEDULER
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FOLDER, SINGLE, SEVERAL = "me/folder", "me/single", "me/several"
@@ -242,7 +244,7 @@ def test_a_diffusers_folder_loads_by_name(server, repositories):
     folders = {file.split("/")[0] for file in asked}
     encoders = {"text_encoder", "text_encoder_2", "text_encoder_3"}
     words = {"tokenizer", "tokenizer_2", "tokenizer_3"}
-    assert folders == {"transformer", "vae"} | encoders | words
+    assert folders == {"transformer", "vae", "scheduler"} | encoders | words
     assert "text_encoder/model.fp16.safetensors" in asked
     assert "text_encoder/model.safetensors" not in asked
     assert not [file for file in asked if file.endswith((".onnx", "/config.json"))]
@@ -251,6 +253,14 @@ def test_a_diffusers_folder_loads_by_name(server, repositories):
     torch.testing.assert_close(loaded.mmdit.state_dict(), expected, rtol=0, atol=0)
     assert loads_like(sd3min.load(FOLDER), loaded)
     assert len(server.asked[FOLDER]) == len(asked), "the second time nothing is downloaded"
+
+
+def test_the_shift_of_a_folder_by_name_is_its_schedulers(server, repositories, tmp_path):
+    shutil.copytree(repositories[1] / FOLDER, tmp_path / "copy")
+    (tmp_path / "copy" / SCHEDULER).write_text('{"shift": 1.5}')
+    server.repositories[FOLDER] = tmp_path / "copy"
+    assert Checkpoint.open(FOLDER, wanted=["mmdit"]).defaults.shift == 1.5
+    assert SCHEDULER in server.asked[FOLDER]
 
 
 def test_official_files_load_by_name_with_tokenizers_from_elsewhere(server, repositories):
