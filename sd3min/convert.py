@@ -133,8 +133,8 @@ def official_tensors(opened: Checkpoint) -> Tensors:
         for official, tensor in own_tensors(part).items()
     }
     part = opened.parts.get("clip_l")
-    if part and PROJECTION in part.extras and part.path.parent.name == COMPONENTS["clip_l"].folder:
-        values = part.extras[PROJECTION].read().float()
+    if part and PROJECTION in part.tensors:
+        values = part.tensors[PROJECTION].load(torch.float32, torch.device("cpu"))
         if not torch.equal(values, torch.eye(part.config.width)):
             raise Refusal(
                 f"the CLIP-L in {part.path} projects its pooled vector, which no official file can "
@@ -147,7 +147,7 @@ def official_tensors(opened: Checkpoint) -> Tensors:
 def diffusers_tensors(part: Part) -> Tensors:
     """A part's tensors as diffusers names and shapes them, with those that it cannot do without."""
     tensors, config = own_tensors(part), part.config
-    if part.name == "clip_l":
+    if part.name == "clip_l" and PROJECTION not in part.tensors:
         dtype = tensors["text_model.embeddings.token_embedding.weight"].dtype
         read = partial(torch.eye, config.width, dtype=TYPES[dtype])
         tensors[PROJECTION] = Lazy([config.width] * 2, dtype, read)

@@ -9,18 +9,20 @@ import oracle
 import pytest
 import small
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModelWithProjection
 
 import sd3min
-from sd3min import checkpoint, cli, config, convert, formats
+from sd3min import checkpoint, cli, config, convert, formats, probes, text_encoders
 from sd3min.checkpoint import Checkpoint
 from sd3min.config import Refusal
 from sd3min.folder import USUAL
-from sd3min.parts import PREFIXES, TITLES
+from sd3min.parts import DERIVED, PREFIXES, TITLES
 
 CPU = torch.device("cpu")
 ONE_ULP = 1.2e-7  # of times near 1 in float32
+PROJECTION = DERIVED["clip_l"]
 PROMPT = "a red star above a blue circle"
 SHARD = "60KB"  # small enough that every part has several
 CLASSES = {
@@ -461,6 +463,86 @@ def test_a_converted_folder_keeps_its_shift(scheduled, tmp_path):
     assert Checkpoint.open(tmp_path / "again.safetensors").defaults.shift == 4
     convert.convert(back, tmp_path / "folder", progress=False)
     assert Checkpoint.open(tmp_path / "folder").defaults.shift == 4
+
+
+# the projection of CLIP-L's pooled vector
+
+
+@pytest.fixture(scope="module")
+def projecting(saved, tmp_path_factory):
+    """A diffusers folder whose CLIP-L projects, and the matrix."""
+    place = tmp_path_factory.mktemp("projecting") / "folder"
+    matrix = torch.randn(64, 64, generator=torch.Generator().manual_seed(5))
+    return without(saved["plain"], place, "text_encoder", add={PROJECTION: matrix}), matrix
+
+
+def pooled(theirs):
+    """The pooled vector of diffusers' own encoding."""
+    prompts = [PROMPT, "", "a blue heart!"]
+    given = {"do_classifier_free_guidance": False, "max_sequence_length": 16}
+    with torch.no_grad():
+        return prompts, theirs.encode_prompt(prompts, None, None, **given)[2]
+
+
+def test_a_diffusers_folder_projects_as_diffusers_does(projecting, saved, tmp_path):
+    place, matrix = projecting
+    options = {"torch_dtype": torch.float64}
+    prompts, expected = pooled(StableDiffusion3Pipeline.from_pretrained(place, **options))
+    encoders = checkpoint.load_text_encoders(place).double()
+    ours = encoders.encode(prompts, 16).pooled
+    assert oracle.relative(ours, expected) < oracle.RUNG_1
+    plain = checkpoint.load_text_encoders(saved["plain"]).double().encode(prompts, 16).pooled
+    assert oracle.relative(ours[:, :64], plain[:, :64] @ matrix.double().T) < oracle.RUNG_1
+    mains = [place / name for name in ("transformer", "vae", "text_encoder_2", "text_encoder_3")]
+    alone = Checkpoint.open(mains, [place / "text_encoder/model.safetensors"], place)
+    named = alone.load_text_encoders(torch.float32, CPU).double()
+    torch.testing.assert_close(named.encode(prompts, 16).pooled, ours, rtol=0, atol=0)
+
+
+def test_an_official_file_projects_nothing_as_in_diffusers(pipe, saved, tmp_path):
+    path = small.save_official(pipe, tmp_path / "official.safetensors")
+    tensors = load_file(path)
+    save_file(tensors | {PREFIXES["clip_l"] + PROJECTION: torch.randn(64, 64)}, path)
+    theirs = StableDiffusion3Pipeline.from_single_file(
+        str(path), config=str(saved["plain"]), torch_dtype=torch.float64
+    )
+    prompts, expected = pooled(theirs)
+    encoders = checkpoint.load_text_encoders(path, saved["plain"], dtype="float32").double()
+    assert oracle.relative(encoders.encode(prompts, 16).pooled, expected) < oracle.RUNG_1
+
+
+def test_an_official_clip_l_alone_pools_as_transformers_without_a_projection(tmp_path):
+    sizes = config.CLIPConfig(layers=2, width=768, mlp_width=96, vocabulary=100, length=16)
+    tensors = small.randomise(text_encoders.clip(sizes, "clip_l")).state_dict()
+    save_file(tensors, tmp_path / "clip_l.safetensors")
+    loaded = Checkpoint.open(tmp_path / "clip_l.safetensors").load("clip_l", torch.float64, CPU)
+    theirs = CLIPTextModelWithProjection(loaded.config).double().eval()
+    theirs.load_state_dict(tensors)
+    ids = torch.randint(0, 90, (3, 16), generator=torch.Generator().manual_seed(6))
+    ids[:, -1] = loaded.config.vocab_size - 1
+    with torch.no_grad():
+        expected = theirs.text_model(ids).pooler_output
+        assert oracle.relative(loaded(ids).text_embeds, expected) < oracle.RUNG_1
+
+
+def test_a_projection_of_another_shape_is_refused(saved, tmp_path):
+    add = {PROJECTION: torch.ones(32, 64)}
+    place = without(saved["plain"], tmp_path / "copy", "text_encoder", add=add)
+    said = f"has {PROJECTION} of shape [32, 64] and not [64, 64]"
+    refused(lambda: Checkpoint.open(place).require(["clip_l"]), said)
+
+
+def test_a_projection_survives_sharding_anew(projecting, tmp_path):
+    place, matrix = projecting
+    convert.convert(place, tmp_path / "again", shard_size=50_000, progress=False)
+    loaded = Checkpoint.open(tmp_path / "again").load("clip_l", torch.float32, CPU)
+    torch.testing.assert_close(loaded.text_projection.weight, matrix, rtol=0, atol=0)
+
+
+def test_verify_compares_with_the_projection(projecting):
+    place, _ = projecting
+    checks = [check for check in probes.verify(place) if check.what in ("rows", "picture")]
+    assert len(checks) == 4 and all(check.passed for check in checks), checks
 
 
 # a folder of official files
