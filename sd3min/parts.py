@@ -44,7 +44,7 @@ PREFIXES = {
 }
 DERIVED = {  # what a module has and its file need not
     "mmdit": "pos_embed",  # computed as the paper does
-    "clip_l": "text_projection.weight",  # the identity in all official files: it does not project
+    "clip_l": "text_projection.weight",  # the identity: the pooled vector is not projected
     "t5": "encoder.embed_tokens.weight",  # another name of shared.weight
 }
 CONFIGS = {

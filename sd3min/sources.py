@@ -33,6 +33,7 @@ MARKS = {  # how some names begin in each part, and in no other architecture
 DIFFUSERS_MARKS = {"mmdit": "transformer_blocks.", "autoencoder": "decoder.up_blocks."}
 UNUSED = ("position_ids", "logit_scale", "spiece_model", "scaled_fp8", "scale_input")
 FP16 = ".fp16"  # in the names of files of that variant
+QUANTISED = (".comfy_quant", ".weight_scale", ".absmax", ".SCB")  # kinds that are not read
 SCALE, WEIGHT = ".scale_weight", ".weight"  # scaled fp8: one beside the other
 STRANGERS = {  # what a file is that holds such names
     "lora": "a LoRA",
@@ -146,6 +147,9 @@ def open_source(source: Source) -> Found:
         metadata |= said
     if not stored:
         raise Refusal(f"{source.path} holds no tensors: pass an official Stable Diffusion 3 file")
+    if quantised := [name for name in stored if name.endswith(QUANTISED)]:
+        mend = "pass a file in float16, bfloat16 or fp8, plain or with scale_weight"
+        raise Refusal(f"{source.path} is quantised in a way not read ({some(quantised)}): {mend}")
     extras = {name: t for name, t in stored.items() if name.rpartition(".")[2] in UNUSED}
     found = by_part(scaled({n: t for n, t in stored.items() if n not in extras}))
     projects = "" in found and source.part == "clip_l"
