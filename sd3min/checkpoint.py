@@ -6,7 +6,6 @@ against each other, and loaded to a type and a device.
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -228,7 +227,7 @@ def on_disk(paths: Sequence[Path], parts: Sequence[str], tokenizers: bool) -> hu
     """Paths, with names on the hub downloaded, and the folder of the first one's tokenizers."""
     found, folders = [], []
     for path in paths:
-        if hub.is_name(str(path)) and not os.path.lexists(path):
+        if hub.is_remote(path):
             fetched = hub.fetch(str(path), parts, tokenizers)
         else:
             fetched = hub.Fetched([path], path if is_folder(path) else path.parent)
