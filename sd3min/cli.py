@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """The options of `sd3min inspect`."""
     parser.set_defaults(run=run_inspect)
-    paths = "official files or folders (default: sd3-tiny)"
+    paths = "official files, folders or names on the hub: headers are read (default: sd3-tiny)"
     parser.add_argument("path", type=Path, nargs="*", help=paths)
 
 
