@@ -6,10 +6,9 @@ against each other, and loaded to a type and a device.
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 from sd3min import hub
 from sd3min.autoencoder import Autoencoder
 from sd3min.config import T5_XXL, Defaults, MMDiTConfig, Refusal, released_name
+from sd3min.folder import read_shift
 from sd3min.mmdit import MMDiT
 from sd3min.parts import PREFIXES, TITLES, Part, Unfit, fill, unfitness
 from sd3min.sources import is_folder, open_path
@@ -43,6 +43,7 @@ TOKENIZERS = {  # folders of a diffusers checkpoint
     "t5": ("tokenizer_3", T5Tokenizer),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEFAULTS = "sd3min.defaults"  # metadata: settings where a call leaves them open, in JSON
 SMALL = 200_000_000  # parameters up to which float32 is the default
 
 AnyPath = str | Path
@@ -52,13 +53,13 @@ AnyPaths = AnyPath | Sequence[AnyPath]
 def read_defaults(path: Path, metadata: Mapping[str, str]) -> Defaults:
     """The settings that a file's metadata asks for."""
     try:
-        values = json.loads(metadata.get("sd3min.defaults", "{}"))
+        values = json.loads(metadata.get(DEFAULTS, "{}"))
         if not all(type(value) in (int, float) for value in values.values()):
             raise TypeError("not all numbers")
         return Defaults(**values)
     except (AttributeError, TypeError, ValueError, RecursionError):
         raise Refusal(
-            f"the metadata sd3min.defaults of {path} cannot be read: copy or download it again"
+            f"the metadata {DEFAULTS} of {path} cannot be read: copy or download it again"
         ) from None
 
 
@@ -94,8 +95,9 @@ class Checkpoint:
     ) -> "Checkpoint":
         """Read the headers of a file or a folder, or of several; of sd3-tiny where none is named.
 
-        Where several hold the same part, the last one's counts, and `text_encoders` after all. Of
-        names on the hub the parts that are `wanted` are downloaded.
+        Where several hold the same part, the last one's counts, and `text_encoders` after all. The
+        shift of a diffusers folder's scheduler comes before that of metadata. Of names on the hub
+        the parts that are `wanted` are downloaded.
         """
         encoders = {}
         asked = [name for name in wanted if name in TOKENIZERS]
@@ -106,14 +108,16 @@ class Checkpoint:
             encoders |= found
         left = [name for name in wanted if name not in encoders]
         paths, folder = on_disk(listed(path) or [tiny()], left, tokenizers is None)
-        parts, metadata = {}, {}
+        parts, metadata, shift = {}, {}, None
         for place in paths:
             found = open_path(place)
             parts |= found.parts
             metadata |= found.metadata
+            shift = read_shift(place) or shift
         parts |= encoders
         parts = {name: parts[name] for name in TITLES if name in parts}
         defaults = read_defaults(paths[0], metadata)
+        defaults = replace(defaults, shift=shift or defaults.shift)
         return cls(paths[0], parts, metadata, defaults, Path(tokenizers or folder))
 
     def require(self, names: Sequence[str]) -> None:
@@ -223,7 +227,7 @@ def on_disk(paths: Sequence[Path], parts: Sequence[str], tokenizers: bool) -> hu
     """Paths, with names on the hub downloaded, and the folder of the first one's tokenizers."""
     found, folders = [], []
     for path in paths:
-        if hub.is_name(str(path)) and not os.path.lexists(path):
+        if hub.is_remote(path):
             fetched = hub.fetch(str(path), parts, tokenizers)
         else:
             fetched = hub.Fetched([path], path if is_folder(path) else path.parent)

@@ -9,13 +9,14 @@ import argparse
 import io
 import os
 import sys
+import tempfile
 import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from sd3min import checkpoint, options, pipeline, probes
+from sd3min import checkpoint, hub, options, pipeline, probes
 from sd3min.config import Refusal, released_name
 from sd3min.conventions import CONVENTIONS, find_conventions
 from sd3min.convert import convert
@@ -42,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """The options of `sd3min inspect`."""
     parser.set_defaults(run=run_inspect)
-    paths = "official files or folders (default: sd3-tiny)"
+    paths = "official files, folders or names on the hub: headers are read (default: sd3-tiny)"
     parser.add_argument("path", type=Path, nargs="*", help=paths)
 
 
@@ -103,9 +104,22 @@ def types(part: Part) -> str:
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
-    """Print a line for each part, where it is, and what is missing for a picture."""
-    opened = checkpoint.Checkpoint.open(arguments.path or None)
-    opened.require(list(opened.parts))
+    """Print a line for each part, where it is, and what is missing for a picture.
+
+    Of names on the hub headers alone are downloaded, to a folder that no sentence shows.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:
+            found = [hub.outline(path, list(TITLES), Path(folder)) for path in arguments.path]
+            opened = checkpoint.Checkpoint.open([path for paths in found for path in paths])
+            opened.require(list(opened.parts))
+            print(described_parts(opened).replace(folder + os.sep, ""))
+        except Refusal as refusal:
+            raise Refusal(str(refusal).replace(folder + os.sep, "")) from None
+
+
+def described_parts(opened: checkpoint.Checkpoint) -> str:
+    """What an opened checkpoint holds, in lines."""
     lines = [str(opened.path)]
     for part in opened.parts.values():
         counted = f"{TITLES[part.name]:12} {part.parameters:>13,} parameters"
@@ -115,7 +129,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         if part.extras:
             lines.append(f"  {'':12} passed over: {', '.join(sorted(part.extras))}")
     missing = [title for name, title in TITLES.items() if name not in opened.parts]
-    print("\n".join([*lines, f"  missing: {', '.join(missing) or 'nothing'}"]))
+    return "\n".join([*lines, f"  missing: {', '.join(missing) or 'nothing'}"])
 
 
 def run_convert(arguments: argparse.Namespace) -> None:

@@ -1,12 +1,14 @@
 """Official single file to diffusers folder and back: every tensor as it was, one at a time.
 
-An official file can lack what a folder needs, name its tensors without a prefix or hold some that a
-folder has no place for. So beside the parts a folder gets a small file, `official.safetensors`: its
+Scaled fp8 alone, which diffusers does not know, becomes the float32 that it stands for. An official
+file can lack what a folder needs, name its tensors without a prefix or hold some that a folder has
+no place for. So beside the parts a folder gets a small file, `official.safetensors`: its
 metadata is the official file's and says which names that had, and its tensors are what was left.
 """
 
 import json
 import shutil
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -14,12 +16,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sd3min.checkpoint import AnyPath, AnyPaths, Checkpoint
+from sd3min.checkpoint import DEFAULTS, AnyPath, AnyPaths, Checkpoint, read_defaults
 from sd3min.config import MMDiTConfig, Refusal
 from sd3min.folder import COMPONENTS, component_config, model_index, scheduler_config
 from sd3min.formats import SUFFIXES, Row, rows
 from sd3min.mmdit import position_table
-from sd3min.parts import DERIVED, PREFIXES, Part
+from sd3min.parts import DERIVED, PREFIXES, TITLES, Part
 from sd3min.stored import AnyStored, Stored, read_header
 from sd3min.writer import TYPES, Lazy, new, write_json, write_shards, write_tensors
 
@@ -49,11 +51,20 @@ def convert(
     5 GB for text encoders. Raises Refusal where a file does not fit or the target exists; nothing
     half-written is left.
     """
-    opened, target = Checkpoint.open(source, text_encoders, tokenizers), Path(target)
+    target = Path(target)
+    single = target.suffix == ".safetensors"
     if target.suffix in OTHER_FORMATS:
         raise Refusal(f"{target} is named like another format: end it with .safetensors")
+    options = {"tokenizers": tokenizers, "shard_size": shard_size}
+    if single and (given := [name for name, value in options.items() if value is not None]):
+        mend = "leave that out, or pass the name of a folder"
+        raise Refusal(f"{target} is a single file, which takes no {' and no '.join(given)}: {mend}")
+    opened = Checkpoint.open(source, text_encoders, tokenizers)
     opened.require(list(opened.parts))
-    if target.suffix == ".safetensors":
+    if scaled := [TITLES[name] for name, part in opened.parts.items() if is_scaled(part)]:
+        said = "is multiplied and written in float32, four times as long"
+        warnings.warn(f"scaled fp8 of {', '.join(scaled)} {said}", stacklevel=2)
+    if single:
         to_file(opened, target, progress)
     else:
         to_folder(opened, target, shard_size, progress)
@@ -65,9 +76,19 @@ def to_file(opened: Checkpoint, target: Path, progress: bool) -> None:
     tensors, metadata = official_tensors(opened), opened.metadata
     if (opened.path / RECORD).is_file():
         tensors, metadata = restored(tensors, opened.path)
+    metadata = with_shift(metadata, opened)
     needed = sum(tensor.bytes for tensor in tensors.values())
     with new(target, needed) as file, progress_bar(needed, target, progress) as bar:
         write_tensors(file, tensors, metadata, bar.update)
+
+
+def with_shift(metadata: dict[str, str], opened: Checkpoint) -> dict[str, str]:
+    """Metadata with the shift of a folder's scheduler, where it says another one."""
+    shift = opened.defaults.shift
+    if read_defaults(opened.path, metadata).shift == shift:
+        return metadata
+    said = json.loads(metadata.get(DEFAULTS, "{}")) | {"shift": shift}
+    return metadata | {DEFAULTS: json.dumps(said)}
 
 
 def to_folder(opened: Checkpoint, target: Path, shard_size: int | None, progress: bool) -> None:
@@ -100,19 +121,31 @@ def to_folder(opened: Checkpoint, target: Path, shard_size: int | None, progress
 
 
 def lazy(stored: AnyStored) -> Lazy:
-    """A tensor to be written as it is stored."""
-    if stored.dtype not in TYPES or stored.scale is not None:
-        kind = "scaled fp8" if stored.scale is not None else stored.dtype
+    """A tensor to be written as it is stored, or multiplied by its scale."""
+    if stored.scale is not None:
+        return Lazy(stored.shape, "F32", partial(stored.load, torch.float32, torch.device("cpu")))
+    if stored.dtype not in TYPES:
         raise Refusal(
-            f"{stored.paths[0]} has {stored.name} in {kind}, which cannot be converted without "
-            "loss: pass a file in float16 or bfloat16"
+            f"{stored.paths[0]} has {stored.name} in {stored.dtype}, which cannot be converted "
+            "without loss: pass a file in float16 or bfloat16"
         )
     return Lazy(stored.shape, stored.dtype, stored.read)
 
 
 def own_tensors(part: Part) -> Tensors:
     """A part's tensors by their official names, with those that no module takes."""
-    return {name: lazy(stored) for name, stored in (part.tensors | part.extras).items()}
+    return {name: lazy(stored) for name, stored in (part.tensors | kept_extras(part)).items()}
+
+
+def kept_extras(part: Part) -> dict[str, Stored]:
+    """What no module takes, without the marks of scaled fp8 where it is written as float32."""
+    marks = ("scaled_fp8", "scale_input") if is_scaled(part) else ()
+    return {name: t for name, t in part.extras.items() if name.rpartition(".")[2] not in marks}
+
+
+def is_scaled(part: Part) -> bool:
+    """Whether a part has scaled fp8."""
+    return any(tensor.scale is not None for tensor in part.tensors.values())
 
 
 def official_tensors(opened: Checkpoint) -> Tensors:
@@ -123,8 +156,8 @@ def official_tensors(opened: Checkpoint) -> Tensors:
         for official, tensor in own_tensors(part).items()
     }
     part = opened.parts.get("clip_l")
-    if part and PROJECTION in part.extras and part.path.parent.name == COMPONENTS["clip_l"].folder:
-        values = part.extras[PROJECTION].read().float()
+    if part and PROJECTION in part.tensors:
+        values = part.tensors[PROJECTION].load(torch.float32, torch.device("cpu"))
         if not torch.equal(values, torch.eye(part.config.width)):
             raise Refusal(
                 f"the CLIP-L in {part.path} projects its pooled vector, which no official file can "
@@ -137,7 +170,7 @@ def official_tensors(opened: Checkpoint) -> Tensors:
 def diffusers_tensors(part: Part) -> Tensors:
     """A part's tensors as diffusers names and shapes them, with those that it cannot do without."""
     tensors, config = own_tensors(part), part.config
-    if part.name == "clip_l":
+    if part.name == "clip_l" and PROJECTION not in part.tensors:
         dtype = tensors["text_model.embeddings.token_embedding.weight"].dtype
         read = partial(torch.eye, config.width, dtype=TYPES[dtype])
         tensors[PROJECTION] = Lazy([config.width] * 2, dtype, read)
@@ -191,6 +224,8 @@ def record(opened: Checkpoint) -> tuple[Tensors, dict[str, str]]:
     }
     if not places.keys() <= {tensor.name for tensor in stored}:
         return {}, metadata  # parts of several files come back as one
+    if any(is_scaled(part) for part in opened.parts.values()):
+        return {}, metadata  # the scales have no place any more
     names = {tensor.name: places.get(tensor.name, "") for tensor in stored}
     kept = {tensor.name: lazy(tensor) for tensor in stored if tensor.name not in places}
     return kept, metadata | {NAMES: json.dumps(names)}

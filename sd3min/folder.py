@@ -1,10 +1,14 @@
 """A diffusers folder around its weights: which class reads each part, and with which config.
 
-The configs say in diffusers' and transformers' words what the shapes of the tensors tell.
+The configs say in diffusers' and transformers' words what the shapes of the tensors tell. One says
+more, and is read: the scheduler's, which has the shift.
 """
 
 import json
+import os
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
@@ -18,9 +22,11 @@ from sd3min.config import (
     AutoencoderConfig,
     Defaults,
     MMDiTConfig,
+    Refusal,
 )
 from sd3min.flow import TRAINED_TIMES
 from sd3min.parts import Part
+from sd3min.settings import is_number
 
 GB = 1_000_000_000
 VERSION = "0.42.1"  # of the diffusers whose words these are
@@ -56,6 +62,19 @@ COMPONENTS = {
     ),
 }
 ABSENT = [None, None]
+SCHEDULER = "scheduler/scheduler_config.json"
+KIND = "FlowMatchEulerDiscreteScheduler"
+USUAL = {  # what decides its times besides the shift, as the released folders have it
+    "_class_name": KIND,
+    "num_train_timesteps": TRAINED_TIMES,
+    "use_dynamic_shifting": False,
+    "shift_terminal": None,
+    "invert_sigmas": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "stochastic_sampling": False,
+}
 
 
 def model_index(parts: Iterable[str]) -> dict[str, Any]:
@@ -66,7 +85,7 @@ def model_index(parts: Iterable[str]) -> dict[str, Any]:
         "_diffusers_version": VERSION,
         "feature_extractor": ABSENT,
         "image_encoder": ABSENT,
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "scheduler": ["diffusers", KIND],
     }
     for part, component in COMPONENTS.items():
         index[component.folder] = [component.library, component.kind] if part in held else ABSENT
@@ -79,11 +98,36 @@ def model_index(parts: Iterable[str]) -> dict[str, Any]:
 def scheduler_config(defaults: Defaults) -> dict[str, Any]:
     """The schedule of the paper's recipe, with the weights' shift (§5.3.2, Eq. 23)."""
     return {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "_class_name": KIND,
         "_diffusers_version": VERSION,
         "num_train_timesteps": TRAINED_TIMES,
         "shift": defaults.shift,
     }
+
+
+def read_shift(folder: Path) -> float | None:
+    """The shift of a folder's scheduler: 1 where its config names none, as in diffusers, and None
+    where there is no scheduler.
+
+    A config that asks for other times than a fixed shift makes is a warning.
+    """
+    path = folder / SCHEDULER
+    if not os.path.lexists(path):
+        return None
+    try:
+        config = json.loads(path.read_bytes())
+        shift = config.get("shift", 1.0)
+    except (AttributeError, OSError, RecursionError, ValueError):
+        raise Refusal(f"{path} cannot be read: copy or download it again") from None
+    if isinstance(shift, bool) or not is_number(shift, 0.001, 1000):
+        raise Refusal(f"{path} has the shift {shift!r}, not a number from 0.001 to 1000: mend it")
+    unusual = [
+        f"{name} {config[name]}" for name in USUAL if config.get(name, USUAL[name]) != USUAL[name]
+    ]
+    if unusual:
+        instead = f"pictures are made with the fixed shift {shift} unless another is passed"
+        warnings.warn(f"{path} asks for {', '.join(unusual)}: {instead}", stacklevel=3)
+    return float(shift)
 
 
 def component_config(part: Part, defaults: Defaults) -> dict[str, Any]:

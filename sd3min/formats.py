@@ -5,7 +5,7 @@ of the autoencoder's attention are linear layers; and where only a scale and a s
 condition, diffusers has the scale first.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -118,14 +118,10 @@ def rows(config: MMDiTConfig | AutoencoderConfig) -> Iterator[Row]:
 
 
 class Recipe(NamedTuple):
-    """How an official tensor is made of diffusers' tensors of these names."""
+    """How an official tensor is made of diffusers': those of these names, one below the other."""
 
     names: tuple[str, ...]
     back: Callable[[Tensor], Tensor]
-
-    def make(self, pieces: Sequence[Tensor]) -> Tensor:
-        """The official tensor, from the pieces in the order of `names`."""
-        return self.back(torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0])
 
 
 def recipes(config: MMDiTConfig | AutoencoderConfig) -> dict[str, Recipe]:
@@ -161,15 +157,4 @@ def to_diffusers(tensors: Tensors, config: MMDiTConfig | AutoencoderConfig) -> T
                 }
     if left:
         raise KeyError(f"no diffusers names are known for {', '.join(sorted(left))}")
-    return named
-
-
-def from_diffusers(tensors: Tensors, config: MMDiTConfig | AutoencoderConfig) -> Tensors:
-    """diffusers' names to official ones; a tensor that the table does not know is a KeyError."""
-    left, named = dict(tensors), {}
-    for official, recipe in recipes(config).items():
-        if recipe.names[0] in left:
-            named[official] = recipe.make([left.pop(name) for name in recipe.names])
-    if left:
-        raise KeyError(f"no official names are known for {', '.join(sorted(left))}")
     return named

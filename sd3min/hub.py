@@ -5,20 +5,33 @@ repository's own list of files.
 is used where the hub cannot be reached.
 """
 
+import dataclasses
 import errno
 import glob
+import os
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from sd3min.config import Refusal
-from sd3min.folder import COMPONENTS
+from sd3min.folder import COMPONENTS, SCHEDULER
+from sd3min.writer import packed
 
 NAME = r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*"
 TOKENIZERS = "stabilityai/stable-diffusion-3-medium-diffusers"  # for repositories without any
 WEIGHTS = r"\w+(\.fp16)?(-\d+-of-\d+)?\.safetensors(\.index(\.fp16)?\.json)?"
 ENCODERS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl"}  # how their own files begin
+
+
+class Wanted(NamedTuple):
+    """Files of a repository: what it has, the weights to open, and a scheduler's config."""
+
+    name: str
+    files: list[str]
+    weights: list[str]
+    schedule: list[str]
 
 
 class Fetched(NamedTuple):
@@ -35,26 +48,85 @@ def is_name(text: str) -> bool:
     return bool(re.fullmatch(NAME, name)) and not is_file
 
 
-def fetch(text: str, parts: Sequence[str], tokenizers: bool = True) -> Fetched:
-    """Download what a name on the hub holds of the parts, and their tokenizers if asked to.
+def is_remote(path: Path) -> bool:
+    """Whether a path is none here, but has the form of a name on the hub."""
+    return is_name(str(path)) and not os.path.lexists(path)
 
-    Raises Refusal, in a sentence that says what to do, where the hub or the disk does not help.
-    """
+
+def choose(text: str, parts: Sequence[str]) -> Wanted:
+    """The files that hold the parts, of what a name on the hub has."""
     name, _, file = text.partition(":")
     files = listing(name)
     if file and file not in files:
         held = ", ".join(f for f in files if f.endswith(".safetensors")) or "no .safetensors files"
         raise Refusal(f"{name} has no {file}: it has {held}")
     weights = [file] if file else needed(name, files, parts)
+    scheduled = SCHEDULER in files and "mmdit" in parts and not file
+    return Wanted(name, files, weights, [SCHEDULER] if scheduled else [])
+
+
+def fetch(text: str, parts: Sequence[str], tokenizers: bool = True) -> Fetched:
+    """Download what a name on the hub holds of the parts, and their tokenizers if asked to.
+
+    Raises Refusal, in a sentence that says what to do, where the hub or the disk does not help.
+    """
+    name, files, weights, schedule = choose(text, parts)
     kinds = [COMPONENTS[part].tokenizer for part in COMPONENTS if part in parts and tokenizers]
     folders = [kind[0] for kind in kinds if kind]
     words = [f for f in files if f.split("/")[0] in folders]
-    place = download(name, weights + words)
+    place = download(name, weights + words + schedule)
     if folders and not words:
         others = listing(TOKENIZERS)
         words = [f for f in others if f.split("/")[0] in folders]
         return Fetched(opened(place, weights), download(TOKENIZERS, words))
     return Fetched(opened(place, weights), place)
+
+
+def outline(path: Path, parts: Sequence[str], folder: Path) -> list[Path]:
+    """What to open to learn what a path holds, values left aside: the path itself, or of a name on
+    the hub files in `folder` with the same headers, and holes in place of the values.
+
+    What was downloaded before is opened where it is.
+    """
+    if not is_remote(path):
+        return [path]
+    import huggingface_hub
+
+    name, _, weights, schedule = choose(str(path), parts)
+    if all(isinstance(huggingface_hub.try_to_load_from_cache(name, f), str) for f in weights):
+        return fetch(str(path), parts, tokenizers=False).paths
+    place = folder / name
+    plain = [file for file in weights + schedule if file.endswith(".json")]
+    source = download(name, plain) if plain else place
+    for file in weights + schedule:
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        if file in plain:
+            shutil.copy(source / file, place / file)
+        else:
+            write_outline(name, file, place / file)
+    return opened(place, weights)
+
+
+def write_outline(name: str, file: str, target: Path) -> None:
+    """Write a file of a repository with its header alone, as long as the whole is."""
+    import huggingface_hub
+
+    try:
+        seen = huggingface_hub.HfApi().parse_safetensors_file_metadata(name, file)
+        tensors = {own: dataclasses.asdict(info) for own, info in seen.tensors.items()}
+        described = {
+            own: {key: info[key] for key in ("dtype", "shape", "data_offsets")}
+            for own, info in tensors.items()
+        }
+        header = packed(({"__metadata__": seen.metadata} if seen.metadata else {}) | described)
+        end = max((info["data_offsets"][1] for info in described.values()), default=0)
+        with target.open("wb") as written:
+            written.write(header)
+            written.truncate(len(header) + end)
+    except huggingface_hub.errors.SafetensorsParsingError:
+        raise Refusal(f"{file} of {name} is no safetensors file: name another") from None
+    except Exception as error:  # whatever the network and the disk do
+        raise explained(name, error) from None
 
 
 def needed(name: str, files: Sequence[str], parts: Sequence[str]) -> list[str]:

@@ -44,7 +44,7 @@ PREFIXES = {
 }
 DERIVED = {  # what a module has and its file need not
     "mmdit": "pos_embed",  # computed as the paper does
-    "clip_l": "text_projection.weight",  # the identity, as CLIP-L's pooled vector is not projected
+    "clip_l": "text_projection.weight",  # the identity: the pooled vector is not projected
     "t5": "encoder.embed_tokens.weight",  # another name of shared.weight
 }
 CONFIGS = {
@@ -188,7 +188,7 @@ class Part:
             table = position_table(config.width, config.grid)
             tensors["pos_embed"] = table.to(device, dtype)
         if self.name == "clip_l":
-            tensors["text_projection.weight"] = torch.eye(config.width).to(device, dtype)
+            tensors.setdefault(DERIVED["clip_l"], torch.eye(config.width).to(device, dtype))
         if isinstance(module, T5EncoderModel):
             tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
             module.encoder.embed_tokens = module.shared

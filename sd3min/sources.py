@@ -33,6 +33,7 @@ MARKS = {  # how some names begin in each part, and in no other architecture
 DIFFUSERS_MARKS = {"mmdit": "transformer_blocks.", "autoencoder": "decoder.up_blocks."}
 UNUSED = ("position_ids", "logit_scale", "spiece_model", "scaled_fp8", "scale_input")
 FP16 = ".fp16"  # in the names of files of that variant
+QUANTISED = (".comfy_quant", ".weight_scale", ".absmax", ".SCB")  # kinds that are not read
 SCALE, WEIGHT = ".scale_weight", ".weight"  # scaled fp8: one beside the other
 STRANGERS = {  # what a file is that holds such names
     "lora": "a LoRA",
@@ -146,12 +147,20 @@ def open_source(source: Source) -> Found:
         metadata |= said
     if not stored:
         raise Refusal(f"{source.path} holds no tensors: pass an official Stable Diffusion 3 file")
+    if quantised := [name for name in stored if name.endswith(QUANTISED)]:
+        mend = "pass a file in float16, bfloat16 or fp8, plain or with scale_weight"
+        raise Refusal(f"{source.path} is quantised in a way not read ({some(quantised)}): {mend}")
     extras = {name: t for name, t in stored.items() if name.rpartition(".")[2] in UNUSED}
     found = by_part(scaled({n: t for n, t in stored.items() if n not in extras}))
+    projects = "" in found and source.part == "clip_l"
     if "" in found and (part := source.part or bare_part(found[""])) not in found:
         found[part] = found.pop("")
     known = {name for name, tensors in found.items() if name and is_part(name, tensors)}
-    parts = {name: make_part(name, source.path, found[name]) for name in TITLES if name in known}
+    parts = {
+        name: make_part(name, source.path, found[name], projects)
+        for name in TITLES
+        if name in known
+    }
     if strange := [t.name for name in found if name not in known for t in found[name].values()]:
         raise unknown(source.path, strange, parts)
     for place, tensors in by_part(extras).items():
@@ -210,13 +219,18 @@ def bare_part(tensors: Mapping[str, Stored]) -> str:
     return part
 
 
-def make_part(name: str, path: Path, stored: dict[str, Stored]) -> Part:
-    """A part of stored tensors, under official names."""
+def make_part(name: str, path: Path, stored: dict[str, Stored], projects: bool = False) -> Part:
+    """A part of stored tensors, under official names.
+
+    A CLIP-L `projects` its pooled vector where diffusers does: with what a folder of diffusers has
+    for it. The official code does not, and passes over what a file has.
+    """
     tensors, known = dict[str, AnyStored](stored), {}
     if name in DIFFUSERS_MARKS and any(own.startswith(DIFFUSERS_MARKS[name]) for own in stored):
         tensors, known = renamed(stored)
     extras = {}
-    if name in ("clip_l", "t5") and (derived := DERIVED[name]) in stored:
+    unread = name == "t5" or (name == "clip_l" and not projects)
+    if unread and (derived := DERIVED[name]) in stored:
         extras[derived] = stored[derived]
         del tensors[derived]
     if name == "t5" and "shared.weight" not in tensors and extras:

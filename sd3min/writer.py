@@ -59,6 +59,11 @@ def header(tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> bytes:
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
+    return packed(described)
+
+
+def packed(described: Mapping[str, object]) -> bytes:
+    """A header of these entries."""
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % HEADER_STEP)
     return struct.pack("<Q", len(text)) + text

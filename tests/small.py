@@ -8,12 +8,13 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from sd3min import text_encoders
+from sd3min import sources, text_encoders
 from sd3min.autoencoder import Autoencoder
 from sd3min.checkpoint import PREFIXES
 from sd3min.config import AutoencoderConfig, CLIPConfig, Defaults, MMDiTConfig, T5Config
 from sd3min.mmdit import MMDiT
 from sd3min.pipeline import Pipeline
+from sd3min.stored import Stored
 from sd3min.text_encoders import TextEncoders
 from sd3min.training import vocabulary
 
@@ -109,3 +110,13 @@ def save_official(pipe: Pipeline, path: Path, parts: tuple[str, ...] = tuple(PRE
     }
     save_file(tensors, path, {"sd3min.defaults": json.dumps(vars(pipe.defaults))})
     return path
+
+
+def from_diffusers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """diffusers' tensors under official names, as reading a folder names and reshapes them."""
+    stored = {
+        name: Stored(name, list(tensor.shape), "F64", Path(), tensors.__getitem__)
+        for name, tensor in tensors.items()
+    }
+    named, _ = sources.renamed(stored)
+    return {name: tensor.read() for name, tensor in named.items()}

@@ -8,6 +8,7 @@ import shutil
 import struct
 from pathlib import Path
 
+import files
 import numpy as np
 import oracle
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from test_cli import refused
 
 import sd3min
-from sd3min import cli, convert, folder, writer
+from sd3min import cli, convert, folder, formats, writer
 from sd3min.checkpoint import Checkpoint
 from sd3min.config import Refusal
 from sd3min.parts import DERIVED, PREFIXES
@@ -275,6 +276,82 @@ def test_a_part_that_was_added_to_a_folder_is_not_forgotten(bare, here, tmp_path
     back = convert.convert(tmp_path / "mmdit", tmp_path / "back.safetensors", progress=False)
     save_file(prefixed(bare, "mmdit", "clip_l"), tmp_path / "expected.safetensors")
     assert raw(back) == raw(tmp_path / "expected.safetensors")
+
+
+# scaled fp8
+
+
+@pytest.fixture(scope="module", params=["", "scale_input"])
+def scaled(request, bare, here):
+    """A file with scaled fp8 in three parts, the others in float16, and what the values are."""
+    tensors, values = {}, {}
+    for i, (name, tensor) in enumerate(prefixed(bare).items()):
+        weights = name.endswith((".qkv.weight", ".wo.weight", "token_embedding.weight"))
+        tensors[name] = tensor.half()
+        values[name] = tensor.half().float()
+        if weights and not name.startswith(PREFIXES["clip_g"]):
+            scale = tensor.abs().max() / 448
+            tensors[name] = (tensor / scale).to(EIGHT_BIT)
+            values[name] = tensors[name].float() * scale
+            stem = name.removesuffix("weight")
+            tensors[stem + "scale_weight"] = scale.reshape([1] * (i % 2))
+            tensors |= {stem + request.param: torch.ones(())} if request.param else {}
+    place = here / "scaled.safetensors"
+    save_file(tensors | {"scaled_fp8": torch.zeros(2, dtype=EIGHT_BIT)}, place, {"title": "mine"})
+    return place, values
+
+
+PROJECTION = DERIVED["clip_l"]
+WRITTEN = "^scaled fp8 of MMDiT, CLIP-L, T5 is multiplied and written in float32, four times"
+
+
+def assert_loads_as(place, source):
+    """Every part has the very same values in every type to work in."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for name in PREFIXES:
+            there, here = (Checkpoint.open(path).parts[name] for path in (place, source))
+            loaded, expected = (part.read(dtype, torch.device("cpu")) for part in (there, here))
+            if name == "clip_l":
+                loaded.pop(PROJECTION, None)  # a folder's, the identity
+            torch.testing.assert_close(loaded, expected, rtol=0, atol=0)
+
+
+def test_scaled_fp8_becomes_the_float32_that_it_stands_for(scaled, here, tmp_path):
+    source, values = scaled
+    with pytest.warns(UserWarning, match=WRITTEN):
+        convert.convert(source, tmp_path / "folder", tokenizers=here, progress=False)
+    theirs = StableDiffusion3Pipeline.from_pretrained(
+        tmp_path / "folder", torch_dtype=torch.float32
+    )
+    state = formats.to_diffusers(
+        {
+            n.removeprefix(PREFIXES["mmdit"]): tensor
+            for n, tensor in values.items()
+            if n.startswith(PREFIXES["mmdit"])
+        },
+        small.VARIANTS["SD3-medium"],
+    )
+    torch.testing.assert_close(theirs.transformer.state_dict(), state, rtol=0, atol=0)
+    for part, module in (("clip_l", theirs.text_encoder), ("t5", theirs.text_encoder_3)):
+        loaded = module.state_dict()
+        start = PREFIXES[part]
+        expected = {n.removeprefix(start): t for n, t in values.items() if n.startswith(start)}
+        torch.testing.assert_close({n: loaded[n] for n in expected}, expected, rtol=0, atol=0)
+    assert_loads_as(tmp_path / "folder", source)
+
+
+def test_scaled_fp8_is_scaled_no_second_time(scaled, here, tmp_path):
+    source, _ = scaled
+    with pytest.warns(UserWarning, match=WRITTEN):
+        convert.convert(source, tmp_path / "file.safetensors", progress=False)
+    with pytest.warns(UserWarning, match=WRITTEN):
+        back = round_trip(source, tmp_path, tokenizers=here)
+    for path in (tmp_path / "file.safetensors", back):
+        assert_loads_as(path, source)
+        assert not [name for name in raw(path) if "scale" in name]
+        assert metadata(path) == {"title": "mine"}
+    kept = {n: t for n, t in raw(source).items() if t[0] == "F16"}
+    assert len(kept) > 100 and {n: raw(back)[n] for n in kept} == kept
 
 
 # what diffusers makes of it
@@ -572,14 +649,29 @@ def test_an_interrupted_run_leaves_nothing(name, error, whole, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_what_diffusers_cannot_read_is_refused(bare, here, tmp_path):
-    scaled = in_type(prefixed(bare, "t5"), EIGHT_BIT)
-    for name in list(scaled):
-        if name.endswith("wo.weight"):
-            scaled[name.removesuffix("weight") + "scale_weight"] = torch.ones(1)
-    save_file(scaled, tmp_path / "scaled.safetensors")
-    said = "DenseReluDense.wo.weight in scaled fp8, which cannot be converted without loss"
-    refuses(said, tmp_path / "scaled.safetensors", tmp_path / "out", tokenizers=here)
+def test_a_type_that_cannot_be_written_is_refused(bare, here, tmp_path):
+    save_file(prefixed(bare, "t5"), tmp_path / "source.safetensors")
+    content = (tmp_path / "source.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    end = len(content) - 8 - length
+    odd = {"dtype": "U16", "shape": [1], "data_offsets": [end, end + 2]}
+    header[PREFIXES["t5"] + "spiece_model"] = odd
+    files.write_header(tmp_path / "odd.safetensors", json.dumps(header).encode(), end + 2)
+    said = "spiece_model in U16, which cannot be converted without loss: pass"
+    refuses(said, tmp_path / "odd.safetensors", tmp_path / "out", tokenizers=here)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tokenizers": "models"}, "out.safetensors is a single file, which takes no tokenizers:"),
+        ({"shard_size": 1}, "out.safetensors is a single file, which takes no shard_size: leave"),
+        ({"tokenizers": "models", "shard_size": 1}, "takes no tokenizers and no shard_size: leave"),
+    ],
+)
+def test_what_only_a_folder_takes_is_refused_for_a_file(options, said, whole, tmp_path):
+    refuses(said, whole, tmp_path / "out.safetensors", **options)
 
 
 def test_a_folder_whose_clip_l_projects_is_refused(bare, here, tmp_path):

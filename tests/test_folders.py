@@ -2,21 +2,27 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import files
 import oracle
 import pytest
 import small
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModelWithProjection
 
 import sd3min
-from sd3min import checkpoint, cli, config, formats
+from sd3min import checkpoint, cli, config, convert, formats, probes, text_encoders
 from sd3min.checkpoint import Checkpoint
 from sd3min.config import Refusal
-from sd3min.parts import PREFIXES, TITLES
+from sd3min.folder import USUAL
+from sd3min.parts import DERIVED, PREFIXES, TITLES
 
 CPU = torch.device("cpu")
+ONE_ULP = 1.2e-7  # of times near 1 in float32
+PROJECTION = DERIVED["clip_l"]
 PROMPT = "a red star above a blue circle"
 SHARD = "60KB"  # small enough that every part has several
 CLASSES = {
@@ -318,6 +324,225 @@ def test_a_diffusers_folder_of_full_size_is_recognised_by_its_shapes(tmp_path, c
     output = capsys.readouterr().out
     assert "SD3.5-large, depth 38" in output and "missing: CLIP-L, CLIP-G, T5" in output
     assert "in transformer/diffusion_pytorch_model-00002-of-00002.safetensors" in output
+
+
+# its scheduler
+
+
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+@pytest.fixture
+def scheduled(saved, tmp_path):
+    """Links to a diffusers folder's parts, with a scheduler of one's own."""
+
+    def make(config):
+        place = tmp_path / f"scheduled {len(list(tmp_path.iterdir()))}"
+        (place / "scheduler").mkdir(parents=True)
+        for name in (*CLASSES, "tokenizer", "tokenizer_2", "tokenizer_3"):
+            (place / name).symlink_to(saved["plain"] / name)
+        content = config if isinstance(config, bytes) else json.dumps(config).encode()
+        (place / SCHEDULER).write_bytes(content)
+        return place
+
+    return make
+
+
+@pytest.mark.parametrize("shift", [1.0, 1.73, 3.0, 6])
+def test_the_shift_of_the_scheduler_gives_diffusers_times(shift, scheduled):
+    place = scheduled({})
+    FlowMatchEulerDiscreteScheduler(shift=shift).save_pretrained(place / "scheduler")
+    pipe = sd3min.load(place)
+    theirs = FlowMatchEulerDiscreteScheduler.from_pretrained(place, subfolder="scheduler")
+    assert pipe.defaults == replace(config.Defaults(), shift=shift)
+    for steps in (1, 7, 28):
+        theirs.set_timesteps(steps)
+        seen = []
+        size = {"width": 16, "height": 16, "t5_length": 16, "guidance_scale": 1}
+        pipe(PROMPT, steps=steps, on_step=seen.append, progress=False, **size)
+        times = torch.stack([step.t for step in seen])
+        torch.testing.assert_close(times, theirs.sigmas[:-1], rtol=0, atol=ONE_ULP)
+
+
+def test_without_a_shift_it_is_diffusers_one_and_without_a_scheduler_the_papers(scheduled, saved):
+    theirs = FlowMatchEulerDiscreteScheduler.from_config({})
+    assert Checkpoint.open(scheduled({})).defaults.shift == theirs.shift == 1.0
+    place = scheduled({})
+    shutil.rmtree(place / "scheduler")
+    assert Checkpoint.open(place).defaults == config.Defaults()
+
+
+def test_the_scheduler_comes_before_metadata_and_of_several_the_last(scheduled, official):
+    place, other = scheduled({"shift": 2.0}), scheduled({"shift": 5.0})
+    single = official / "sd3_medium.safetensors"
+    assert Checkpoint.open(single).defaults == small.DEFAULTS
+    for paths, shift in (
+        ([single, place], 2.0),
+        ([place, single], 2.0),
+        ([place, other], 5.0),
+        ([other, place], 2.0),
+    ):
+        assert Checkpoint.open(paths).defaults.shift == shift
+    expected = replace(small.DEFAULTS, shift=2.0)
+    assert Checkpoint.open([place, single]).defaults == expected
+    assert Checkpoint.open(single, text_encoders=place).defaults == small.DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "cannot be read: copy or download it again"),
+        (b"[]", "cannot be read"),
+        (b"{", "cannot be read"),
+        (b"\xff", "cannot be read"),
+        (b"[" * 100_000, "cannot be read"),
+        ({"shift": 0}, "has the shift 0, not a number from 0.001 to 1000: mend it"),
+        ({"shift": -3.0}, "has the shift -3.0, not"),
+        ({"shift": "3"}, "has the shift '3', not"),
+        ({"shift": None}, "has the shift None, not"),
+        ({"shift": True}, "has the shift True, not"),
+        ({"shift": [3.0]}, "has the shift [3.0], not"),
+        ({"shift": float("nan")}, "has the shift nan, not"),
+        ({"shift": 10**400}, "not a number from 0.001 to 1000"),
+    ],
+)
+def test_a_scheduler_that_says_nothing_sensible_is_refused(content, said, scheduled):
+    place = scheduled(content)
+    refused(lambda: Checkpoint.open(place), str(place / SCHEDULER), said)
+
+
+def test_a_scheduler_that_cannot_be_opened_is_refused(scheduled):
+    place = scheduled({})
+    (place / SCHEDULER).unlink()
+    (place / SCHEDULER).symlink_to("nowhere")
+    refused(lambda: Checkpoint.open(place), SCHEDULER, "cannot be read")
+    (place / SCHEDULER).unlink()
+    (place / SCHEDULER).mkdir()
+    refused(lambda: Checkpoint.open(place), SCHEDULER, "cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"use_dynamic_shifting": True}, "use_dynamic_shifting True"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas True"),
+        ({"shift_terminal": 0.1}, "shift_terminal 0.1"),
+        ({"num_train_timesteps": 500}, "num_train_timesteps 500"),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, "_class_name FlowMatchHeunDiscrete"),
+    ],
+)
+def test_times_that_no_fixed_shift_makes_are_a_warning(other, said, scheduled):
+    place = scheduled({"shift": 2.0} | other)
+    with pytest.warns(UserWarning) as caught:
+        assert Checkpoint.open(place).defaults.shift == 2.0
+    (message,) = {str(warning.message) for warning in caught}
+    instead = "pictures are made with the fixed shift 2.0 unless another is passed"
+    assert str(place / SCHEDULER) in message and said in message and instead in message
+
+
+def test_all_that_diffusers_times_depend_on_is_known():
+    """Every other choice of its scheduler is about one of these, or makes nothing without it."""
+    choices = set(FlowMatchEulerDiscreteScheduler().config) - {"_use_default_values"}
+    dynamic = {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"}
+    rest = choices - {"shift", "time_shift_type"} - dynamic
+    assert rest == {name for name in USUAL if name != "_class_name"}
+    theirs = FlowMatchEulerDiscreteScheduler().config
+    assert {name: theirs[name] for name in rest} == {name: USUAL[name] for name in rest}
+
+
+def test_a_converted_folder_keeps_its_shift(scheduled, tmp_path):
+    place = scheduled({"shift": 1.73})
+    there, back = tmp_path / "there.safetensors", tmp_path / "back"
+    convert.convert(place, there, progress=False)
+    assert Checkpoint.open(there).defaults == replace(config.Defaults(), shift=1.73)
+    convert.convert(there, back, tokenizers=place, progress=False)
+    theirs = FlowMatchEulerDiscreteScheduler.from_pretrained(back, subfolder="scheduler")
+    assert theirs.config.shift == 1.73
+    (back / SCHEDULER).write_text('{"shift": 4}')  # changed by hand
+    convert.convert(back, tmp_path / "again.safetensors", progress=False)
+    assert Checkpoint.open(tmp_path / "again.safetensors").defaults.shift == 4
+    convert.convert(back, tmp_path / "folder", progress=False)
+    assert Checkpoint.open(tmp_path / "folder").defaults.shift == 4
+
+
+# the projection of CLIP-L's pooled vector
+
+
+@pytest.fixture(scope="module")
+def projecting(saved, tmp_path_factory):
+    """A diffusers folder whose CLIP-L projects, and the matrix."""
+    place = tmp_path_factory.mktemp("projecting") / "folder"
+    matrix = torch.randn(64, 64, generator=torch.Generator().manual_seed(5))
+    return without(saved["plain"], place, "text_encoder", add={PROJECTION: matrix}), matrix
+
+
+def pooled(theirs):
+    """The pooled vector of diffusers' own encoding."""
+    prompts = [PROMPT, "", "a blue heart!"]
+    given = {"do_classifier_free_guidance": False, "max_sequence_length": 16}
+    with torch.no_grad():
+        return prompts, theirs.encode_prompt(prompts, None, None, **given)[2]
+
+
+def test_a_diffusers_folder_projects_as_diffusers_does(projecting, saved, tmp_path):
+    place, matrix = projecting
+    options = {"torch_dtype": torch.float64}
+    prompts, expected = pooled(StableDiffusion3Pipeline.from_pretrained(place, **options))
+    encoders = checkpoint.load_text_encoders(place).double()
+    ours = encoders.encode(prompts, 16).pooled
+    assert oracle.relative(ours, expected) < oracle.RUNG_1
+    plain = checkpoint.load_text_encoders(saved["plain"]).double().encode(prompts, 16).pooled
+    assert oracle.relative(ours[:, :64], plain[:, :64] @ matrix.double().T) < oracle.RUNG_1
+    mains = [place / name for name in ("transformer", "vae", "text_encoder_2", "text_encoder_3")]
+    alone = Checkpoint.open(mains, [place / "text_encoder/model.safetensors"], place)
+    named = alone.load_text_encoders(torch.float32, CPU).double()
+    torch.testing.assert_close(named.encode(prompts, 16).pooled, ours, rtol=0, atol=0)
+
+
+def test_an_official_file_projects_nothing_as_in_diffusers(pipe, saved, tmp_path):
+    path = small.save_official(pipe, tmp_path / "official.safetensors")
+    tensors = load_file(path)
+    save_file(tensors | {PREFIXES["clip_l"] + PROJECTION: torch.randn(64, 64)}, path)
+    theirs = StableDiffusion3Pipeline.from_single_file(
+        str(path), config=str(saved["plain"]), torch_dtype=torch.float64
+    )
+    prompts, expected = pooled(theirs)
+    encoders = checkpoint.load_text_encoders(path, saved["plain"], dtype="float32").double()
+    assert oracle.relative(encoders.encode(prompts, 16).pooled, expected) < oracle.RUNG_1
+
+
+def test_an_official_clip_l_alone_pools_as_transformers_without_a_projection(tmp_path):
+    sizes = config.CLIPConfig(layers=2, width=768, mlp_width=96, vocabulary=100, length=16)
+    tensors = small.randomise(text_encoders.clip(sizes, "clip_l")).state_dict()
+    save_file(tensors, tmp_path / "clip_l.safetensors")
+    loaded = Checkpoint.open(tmp_path / "clip_l.safetensors").load("clip_l", torch.float64, CPU)
+    theirs = CLIPTextModelWithProjection(loaded.config).double().eval()
+    theirs.load_state_dict(tensors)
+    ids = torch.randint(0, 90, (3, 16), generator=torch.Generator().manual_seed(6))
+    ids[:, -1] = loaded.config.vocab_size - 1
+    with torch.no_grad():
+        expected = theirs.text_model(ids).pooler_output
+        assert oracle.relative(loaded(ids).text_embeds, expected) < oracle.RUNG_1
+
+
+def test_a_projection_of_another_shape_is_refused(saved, tmp_path):
+    add = {PROJECTION: torch.ones(32, 64)}
+    place = without(saved["plain"], tmp_path / "copy", "text_encoder", add=add)
+    said = f"has {PROJECTION} of shape [32, 64] and not [64, 64]"
+    refused(lambda: Checkpoint.open(place).require(["clip_l"]), said)
+
+
+def test_a_projection_survives_sharding_anew(projecting, tmp_path):
+    place, matrix = projecting
+    convert.convert(place, tmp_path / "again", shard_size=50_000, progress=False)
+    loaded = Checkpoint.open(tmp_path / "again").load("clip_l", torch.float32, CPU)
+    torch.testing.assert_close(loaded.text_projection.weight, matrix, rtol=0, atol=0)
+
+
+def test_verify_compares_with_the_projection(projecting):
+    place, _ = projecting
+    checks = [check for check in probes.verify(place) if check.what in ("rows", "picture")]
+    assert len(checks) == 4 and all(check.passed for check in checks), checks
 
 
 # a folder of official files

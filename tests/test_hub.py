@@ -7,6 +7,8 @@ import ast
 import errno
 import hashlib
 import json
+import re
+import shutil
 import threading
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +26,7 @@ import sd3min
 from sd3min import cli, convert, hub
 from sd3min.checkpoint import Checkpoint
 from sd3min.config import Refusal
+from sd3min.folder import SCHEDULER
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FOLDER, SINGLE, SEVERAL = "me/folder", "me/single", "me/several"
@@ -63,6 +66,7 @@ class Hub(BaseHTTPRequestHandler):
     fault: dict[str, tuple[int, str]]  # of a repository's files: status and X-Error-Code
     down: dict[str, tuple[int, str]]  # of all that concerns a repository
     asked: dict[str, list[str]]
+    sent: list[int]  # bytes of weights
 
     def log_message(self, *_):
         pass
@@ -122,7 +126,15 @@ class Hub(BaseHTTPRequestHandler):
             return
         if self.command == "GET":
             self.asked[name].append(file)
-        self.answer(200, {"X-Repo-Commit": COMMIT, "ETag": f'"{tag(path)}"'}, path.read_bytes())
+        content, status = path.read_bytes(), 200
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{tag(path)}"'}
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            first, last = map(int, asked.groups())
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            content, status = content[first : last + 1], 206
+        if self.command == "GET" and file.endswith(".safetensors"):
+            self.sent.append(len(content))
+        self.answer(status, headers, content)
 
 
 def tag(path):
@@ -163,7 +175,7 @@ def server(repositories, tmp_path, monkeypatch):
     names = {name: top / name for name in (FOLDER, SINGLE, SEVERAL)}
 
     class Own(Hub):
-        repositories, fault, down, asked = names, {}, {}, defaultdict(list)
+        repositories, fault, down, asked, sent = names, {}, {}, defaultdict(list), []
 
     running = ThreadingHTTPServer(("127.0.0.1", 0), Own)
     threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -242,7 +254,7 @@ def test_a_diffusers_folder_loads_by_name(server, repositories):
     folders = {file.split("/")[0] for file in asked}
     encoders = {"text_encoder", "text_encoder_2", "text_encoder_3"}
     words = {"tokenizer", "tokenizer_2", "tokenizer_3"}
-    assert folders == {"transformer", "vae"} | encoders | words
+    assert folders == {"transformer", "vae", "scheduler"} | encoders | words
     assert "text_encoder/model.fp16.safetensors" in asked
     assert "text_encoder/model.safetensors" not in asked
     assert not [file for file in asked if file.endswith((".onnx", "/config.json"))]
@@ -251,6 +263,14 @@ def test_a_diffusers_folder_loads_by_name(server, repositories):
     torch.testing.assert_close(loaded.mmdit.state_dict(), expected, rtol=0, atol=0)
     assert loads_like(sd3min.load(FOLDER), loaded)
     assert len(server.asked[FOLDER]) == len(asked), "the second time nothing is downloaded"
+
+
+def test_the_shift_of_a_folder_by_name_is_its_schedulers(server, repositories, tmp_path):
+    shutil.copytree(repositories[1] / FOLDER, tmp_path / "copy")
+    (tmp_path / "copy" / SCHEDULER).write_text('{"shift": 1.5}')
+    server.repositories[FOLDER] = tmp_path / "copy"
+    assert Checkpoint.open(FOLDER, wanted=["mmdit"]).defaults.shift == 1.5
+    assert SCHEDULER in server.asked[FOLDER]
 
 
 def test_official_files_load_by_name_with_tokenizers_from_elsewhere(server, repositories):
@@ -300,6 +320,69 @@ def test_a_path_comes_before_a_name(server, repositories, tmp_path):
     with pytest.raises(Refusal, match=r"red\.safetensors both hold|both hold"):
         sd3min.load(SINGLE)
     assert not server.asked
+
+
+def inspected(path, capsys):
+    """What `inspect` says, but for where it is."""
+    assert cli.main(["inspect", str(path)]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    return first, lines
+
+
+def test_inspect_downloads_headers_alone(server, repositories, tmp_path, capsys):
+    first, lines = inspected(FOLDER, capsys)
+    assert first == FOLDER and lines[-1] == "  missing: nothing"
+    weights = [f for f in server.asked[FOLDER] if f.endswith(".safetensors")]
+    lengths = [(repositories[1] / FOLDER / file).stat().st_size for file in weights]
+    assert max(server.sent) <= 100_001 < 2_000_000 < sum(lengths)
+    assert SCHEDULER in server.asked[FOLDER]
+    assert not [file for file in server.asked[FOLDER] if file.startswith("tokenizer")]
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    one = f"{SEVERAL}:red.safetensors"
+    shown, of_one = inspected(one, capsys)
+    assert shown == f"{SEVERAL}/red.safetensors"
+    sd3min.load(FOLDER)
+    sd3min.load(one)
+    server.asked.clear()
+    assert inspected(FOLDER, capsys)[1] == lines, "the values change nothing"
+    assert inspected(one, capsys)[1] == of_one
+    assert not server.asked
+
+
+def test_inspect_of_official_files_names_them(server, capsys):
+    first, lines = inspected(SINGLE, capsys)
+    assert first == f"{SINGLE}/sd.safetensors" and lines[-1] == "  missing: nothing"
+    assert [line.split()[-1] for line in lines if line.strip().startswith("in ")] == [
+        f"../text_encoders/{file}.safetensors" for file in ("clip_l", "clip_g", "t5xxl_fp16")
+    ]
+
+
+def test_inspect_opens_what_was_downloaded_before(server, monkeypatch, capsys):
+    sd3min.load(FOLDER)
+    server.stop()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    first, lines = inspected(FOLDER, capsys)
+    assert COMMIT in first and lines[-1] == "  missing: nothing"
+
+
+def test_what_inspect_cannot_use_is_said_of_the_name(server, repositories, tmp_path, capsys):
+    copied = shutil.copytree(repositories[1] / SEVERAL, tmp_path / "copy")
+    server.repositories[SEVERAL] = copied
+    (copied / "red.safetensors").write_text("These are not the weights you are looking for.")
+    tensors = load_file(copied / "blue.safetensors")
+    del tensors["model.diffusion_model.x_embedder.proj.bias"]
+    save_file(tensors, copied / "blue.safetensors")
+    for name, said in (
+        ("red", f"red.safetensors of {SEVERAL} is no safetensors file: name another"),
+        ("blue", f"the MMDiT in {SEVERAL}/blue.safetensors lacks x_embedder.proj.bias"),
+        ("green", f"{SEVERAL} has no green.safetensors: it has blue.safetensors, red"),
+    ):
+        assert cli.main(["inspect", f"{SEVERAL}:{name}.safetensors"]) == 2
+        output, errors = capsys.readouterr()
+        assert not output and errors.startswith(f"sd3min: {said}") and errors.count("\n") == 1
+    server.fault[FOLDER] = (401, "GatedRepo")
+    assert cli.main(["inspect", FOLDER]) == 2
+    assert f"{FOLDER} is behind a licence" in capsys.readouterr().err
 
 
 def test_what_was_downloaded_serves_without_the_hub(server, monkeypatch):

@@ -219,6 +219,14 @@ def test_a_scale_of_several_values_is_refused(whole, tmp_path):
     refused(lambda: action(["t5"]), "wo.scale_weight of shape [320] and not of one value")
 
 
+@pytest.mark.parametrize("mark", ["comfy_quant", "weight_scale"])
+def test_fp8_that_is_scaled_in_another_way_is_refused(mark, whole, tmp_path):
+    name = (PREFIXES["t5"] + WO).removesuffix("weight") + mark
+    save_file(load_file(whole) | {name: torch.ones(1)}, tmp_path / "file")
+    said = f"is quantised in a way not read ({name}): pass a file in float16, bfloat16 or fp8"
+    refused(lambda: Checkpoint.open(tmp_path / "file"), str(tmp_path / "file"), said)
+
+
 def test_a_scaled_file_says_so_when_inspected(whole, tmp_path, capsys):
     name = PREFIXES["t5"] + WO
     save_file(scaled(load_file(whole), [name]), tmp_path / "file")

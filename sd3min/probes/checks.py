@@ -20,6 +20,7 @@ from sd3min.probes.precision import computing_in
 from sd3min.training import scenes
 
 LEAST_PSNR = 20.0  # dB; sd3-tiny has 34, and an autoencoder of other weights below 10
+ALONE = ("sizes", "values", "positions", "pictures")  # what is checked without diffusers
 ENCODERS = {"clip_l", "clip_g", "t5"}
 RELEASED = {  # parameters of the released models
     "SD3-medium": 2_028_328_000,
@@ -40,6 +41,11 @@ class Check(NamedTuple):
     single: float | None = None  # difference from diffusers in float32, relative to the largest
     double: float | None = None  # and in float64
     pictures: Sequence[Image.Image] = ()  # ours and diffusers'
+
+    @property
+    def compared(self) -> bool:
+        """Whether it is a comparison with diffusers."""
+        return self.what not in ALONE
 
     @property
     def verdict(self) -> str:

@@ -14,7 +14,7 @@ from sd3min import flow
 from sd3min.checkpoint import SMALL, Checkpoint
 from sd3min.config import LATENT_CHANNELS, LATENT_DOWNSCALING, MMDiTConfig
 from sd3min.mmdit import MMDiT
-from sd3min.parts import TITLES
+from sd3min.parts import DERIVED, TITLES
 from sd3min.pipeline import Pipeline
 from sd3min.probes import twins
 from sd3min.probes.checks import ENCODERS, Check, drawn_picture, load, working_type
@@ -162,6 +162,12 @@ def load_encoders(opened: Checkpoint) -> TextEncoders:
     return opened.load_text_encoders(dtype, torch.device("cpu"), "t5" in names)
 
 
+def projection(opened: Checkpoint) -> Tensor | None:
+    """What a diffusers folder's CLIP-L projects with, as it is stored."""
+    stored = opened.parts["clip_l"].tensors.get(DERIVED["clip_l"])
+    return stored.load(torch.float64, torch.device("cpu")) if stored else None
+
+
 def text_sides(
     opened: Checkpoint, encoders: TextEncoders, pipe: Any
 ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
@@ -192,7 +198,7 @@ def text_checks(opened: Checkpoint) -> Iterator[Check]:
     encoders = load_encoders(opened)
     small = MMDiTConfig(1, encoders.context_width, grid=1)
     asked = MMDiT(small) if encoders.t5 is None else None  # how wide the zeros in T5's place are
-    pipe = twins.pipeline(encoders, asked)
+    pipe = twins.pipeline(encoders, asked, projection=projection(opened))
     sides = list(text_sides(opened, encoders, pipe))
     note = too_large(encoder_modules(encoders, pipe))
     for name in ("clip_l", "clip_g", "t5"):
@@ -239,7 +245,9 @@ def picture_check(opened: Checkpoint) -> Check:
     small = sum(part.parameters for part in opened.parts.values()) <= SMALL
     encoders, defaults = load_encoders(opened), opened.defaults
     mmdit, autoencoder = load(opened, "mmdit"), load(opened, "autoencoder")
-    theirs = twins.pipeline(encoders, mmdit, autoencoder, defaults.shift)
+    theirs = twins.pipeline(
+        encoders, mmdit, autoencoder, defaults.shift, projection=projection(opened)
+    )
     width, height = (min(side, 128) for side in (defaults.width, defaults.height))
     steps = min(defaults.steps, 8 if small else 2)
     shape = (1, LATENT_CHANNELS, height // LATENT_DOWNSCALING, width // LATENT_DOWNSCALING)

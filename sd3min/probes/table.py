@@ -11,7 +11,10 @@ WIDTHS = (11, 9, 7, 13, 7, 7, 0)
 def cells(check: Check) -> tuple[str, ...]:
     """A line's cells as text."""
     counts = ("" if count is None else f"{count:,}" for count in (check.tensors, check.parameters))
-    errors = ("" if error is None else f"{error:.0e}" for error in (check.single, check.double))
+    errors = (
+        "" if error is None else f"{error:.0e}" if error else "0"
+        for error in (check.single, check.double)
+    )
     return check.part, check.what, *counts, *errors, check.verdict
 
 

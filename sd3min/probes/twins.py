@@ -70,8 +70,13 @@ def vae(autoencoder: Autoencoder) -> AutoencoderKL:
     return fill(model, formats.to_diffusers(autoencoder.state_dict(), config))
 
 
-def clip(ours: CLIPTextModelWithProjection, activation: str) -> CLIPTextModelWithProjection:
-    """A CLIP with the settings of the official `text_encoder/config.json`."""
+def clip(
+    ours: CLIPTextModelWithProjection, activation: str, projection: Tensor | None = None
+) -> CLIPTextModelWithProjection:
+    """A CLIP with the settings of the official `text_encoder/config.json`.
+
+    `projection`: CLIP-L's where a folder has one, else the identity of diffusers' release.
+    """
     config = transformers.CLIPTextConfig(
         vocab_size=ours.config.vocab_size,
         hidden_size=ours.config.hidden_size,
@@ -89,8 +94,9 @@ def clip(ours: CLIPTextModelWithProjection, activation: str) -> CLIPTextModelWit
     with torch.device("meta"):
         model = CLIPTextModelWithProjection(config)
     state = dict(ours.state_dict())
-    if activation == "quick_gelu":  # CLIP-L: diffusers' release has the identity for a projection
-        state["text_projection.weight"] = torch.eye(config.hidden_size).to(ours.dtype)
+    if activation == "quick_gelu":
+        projection = torch.eye(config.hidden_size) if projection is None else projection
+        state["text_projection.weight"] = projection.to(ours.dtype)
     return fill(model, state)
 
 
@@ -127,14 +133,18 @@ def pipeline(
     autoencoder: Autoencoder | None = None,
     shift: float = 3.0,
     kind: Any = StableDiffusion3Pipeline,
+    projection: Tensor | None = None,
 ) -> Any:
-    """diffusers' pipeline around our weights and tokenizers; without networks it only encodes."""
+    """diffusers' pipeline around our weights and tokenizers; without networks it only encodes.
+
+    `projection`: CLIP-L's, if it has one.
+    """
     tokenizers: Sequence[PreTrainedTokenizerBase | None] = [*encoders.tokenizers, None][:3]
     pipe = kind(
         transformer=transformer(mmdit) if mmdit else None,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         vae=vae(autoencoder) if autoencoder else None,
-        text_encoder=clip(encoders.clip_l, "quick_gelu"),
+        text_encoder=clip(encoders.clip_l, "quick_gelu", projection),
         tokenizer=tokenizers[0],
         text_encoder_2=clip(encoders.clip_g, "gelu"),
         tokenizer_2=tokenizers[1],

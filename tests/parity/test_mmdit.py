@@ -70,7 +70,7 @@ def test_moving_any_tensor_moves_both_outputs_alike(pair):
 @torch.no_grad()
 def test_names_go_to_diffusers_and_back_unchanged(pair):
     _, mmdit, model = pair
-    back = formats.from_diffusers(model.state_dict(), mmdit.config)
+    back = small.from_diffusers(model.state_dict())
     assert back.keys() == mmdit.state_dict().keys()
     for name, tensor in mmdit.state_dict().items():
         assert torch.equal(back[name], tensor), name

@@ -16,6 +16,7 @@ from sd3min import cli, mmdit, probes
 from sd3min.checkpoint import PREFIXES, Checkpoint
 from sd3min.config import Refusal
 from sd3min.probes import checks, comparisons, report, table
+from sd3min.probes.checks import Check
 
 ALONE = {"sizes", "values", "positions", "pictures"}
 COMPARED = {"velocity", "encode", "decode", "rows", "shift 3", "picture"}
@@ -213,7 +214,30 @@ def test_the_shipped_model_passes_every_check_and_has_a_page(tmp_path, capsys, m
     page = Path("out.html").read_text()
     assert page.count('src="data:image/png;base64,') == 3
     assert not re.search(r"(src|href)=(?!.data:)|url\(", page), "nothing is fetched"
-    assert page.count("<tr>") == 21 and page.count("class='passed'") == 20
+    assert page.count("<h2>") == 3 and page.count("<tr>") == 2 == page.count("<table>")
+    assert page.count('<tr class="passed">') == 20 and page.count("<b>passed</b>") == 20
+    assert "<h1>Nothing failed</h1><p>sd3-tiny.safetensors</p>" in page and "<header>" in page
+
+
+def test_a_page_shows_what_failed_and_leaves_out_what_was_not_looked_at():
+    notes = {True: "all <fine>", False: "the first tensor & more", None: "no memory"}
+    found = [Check("MMDiT", "values", passed, note) for passed, note in notes.items()]
+    page = report.page("a: b: 1 of 3 checks failed", "versions", found)
+    assert '<header class="failed"><h1>1 of 3 checks failed</h1><p>a: b</p>' in page
+    lines = re.findall(r'<tr class="(\w+)">.*?<b>(.*?)</b> <span>(.*?)</span>', page)
+    assert lines == [
+        ("passed", "passed", "all &lt;fine&gt;"),
+        ("FAILED", "FAILED", "the first tensor &amp; more"),
+        ("not", "not compared", "no memory"),
+    ]
+    assert page.count("<h2>") == 1 and "img" not in page.partition("</style>")[2]
+    heads = re.findall(r"<th\b[^>]*>(.*?)</th>", page)
+    assert heads == ["part", "check", "verdict"]
+    compared = Check("T5", "rows", False, "", 3, 1_000, 0.25, 0.0)
+    page = report.page("a: b", "", [*found, compared])
+    heads = re.findall(r"<th\b[^>]*>(.*?)</th>", page.rpartition("<h2>")[2])
+    assert heads == list(table.HEAD)
+    assert '<td class="number" data-label="float64">0</td>' in page
 
 
 def test_the_command_ends_with_1_where_a_check_failed(folder, capsys):
