@@ -198,6 +198,7 @@ class OpenVINO(Diffusers):
     def step(self, size: int, batch: int = 1, zeros: bool = False) -> Work:
         """As above."""
         import openvino
+        import openvino.preprocess
 
         self.network: nn.Module | None = None
         super().step(size, batch, zeros)
@@ -208,6 +209,10 @@ class OpenVINO(Diffusers):
             "timestep": torch.full((len(latents),), 700.0),
         }
         model = openvino.convert_model(self.network, example_input=example)
+        inputs = openvino.preprocess.PrePostProcessor(model)
+        for place in range(len(example)):  # numpy has no bfloat16
+            inputs.input(place).tensor().set_element_type(openvino.Type.f32)
+        model = inputs.build()
         hints = {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY"}
         compiled = openvino.compile_model(model, "CPU", hints)
         self.network = None
