@@ -63,6 +63,12 @@ class TestLoops:
         tokens = 3 * random(3, 37, 192) + 1
         compare(lambda x, p: kernels.modulate(x, p[:, 4], p[:, 1]), tokens, parts)
 
+    def test_norms_of_tiny_values_are_held_by_epsilon(self):
+        tokens, norm = random(2, 5, 64) / 1000, nn.RMSNorm(64, eps=1e-6).to(B)
+        compare(kernels.modulate, tokens, random(2, 64), random(2, 64))
+        qkv = random(2, 5, 192) / 1000
+        compare(lambda x: kernels.normalise_heads(x, norm.to(x.dtype), norm.to(x.dtype)), qkv)
+
     def test_modulate_of_a_large_mean(self):
         compare(kernels.modulate, random(2, 5, 64) + 40, random(2, 64), random(2, 64))
 
