@@ -35,13 +35,10 @@ TOKEN_TABLE = "text_model.embeddings.token_embedding"
 
 
 class Ahead(Generic[M]):
-    """Modules in a row, gone through again and again, each made while the one before it is used."""
+    """Modules in a row, gone through again and again, each one made while the one before it is used."""
 
-    def __init__(
-        self, make: Callable[[int], M], length: int, device: torch.device, again: bool = True
-    ):
-        """`again`: while the last one is used, the first is made for the next pass."""
-        self.make, self.length, self.again = make, length, again
+    def __init__(self, make: Callable[[int], M], length: int, device: torch.device):
+        self.make, self.length = make, length
         self.worker = ThreadPoolExecutor(1)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.coming: dict[int, Future[M]] = {}
@@ -58,10 +55,9 @@ class Ahead(Generic[M]):
         if self.stream:  # its memory is not used again before this stream is done with it
             for tensor in module.state_dict().values():
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        following = (i + 1) % self.length
         self.coming.clear()
-        if following or self.again:
-            self.coming[following] = self.worker.submit(self.made, following)
+        if i + 1 < self.length:
+            self.coming[i + 1] = self.worker.submit(self.made, i + 1)
         return module
 
     def made(self, i: int) -> M:
@@ -147,7 +143,7 @@ def streamed_encoder(part: Part, dtype: torch.dtype, device: torch.device) -> nn
         tensors = {n: apart.tensor(start + n, dtype, device) for n in layer.state_dict()}
         return fill(layer, tensors)
 
-    ahead = Ahead(filled, len(layers), device, again=False)
+    ahead = Ahead(filled, len(layers), device)
 
     def begin(i: int, *_: Any) -> None:
         ahead.take(i)
