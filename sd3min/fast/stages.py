@@ -21,7 +21,7 @@ from sd3min import flow
 from sd3min.checkpoint import TOKENIZERS, Checkpoint, encoder_names, part_names
 from sd3min.fast.blocks import FastBlock
 from sd3min.fast.mmdit import FastMMDiT, Run
-from sd3min.fast.stream import Ahead, streamed_encoder, unmapped
+from sd3min.fast.stream import Ahead, Turns, streamed_encoder
 from sd3min.parts import Part
 from sd3min.pipeline import Pipeline
 from sd3min.text_encoders import Conditioning, TextEncoders
@@ -143,15 +143,13 @@ def network(part: Part, dtype: torch.dtype, device: torch.device, stream: bool) 
     read = partial(part.tensor, dtype=dtype, device=device)
     if not stream:
         return FastMMDiT(part.config, read, sequence=tightly)
-    apart = partial(unmapped(part, device).tensor, dtype=dtype, device=device)
 
     def ahead(block: Callable[[int], FastBlock], depth: int) -> Ahead[FastBlock]:
-        read: Any = weakref.WeakMethod(
-            block
-        )  # the network's own, which it would keep alive in a circle
+        read: Any = weakref.WeakMethod(block)  # or the network would keep itself alive
         return Ahead(lambda i: read()(i), depth, device)
 
-    return FastMMDiT(part.config, apart, make=lambda linear: linear, sequence=ahead)
+    turns = Turns(part, dtype, device)
+    return FastMMDiT(part.config, turns, make=lambda linear: linear, sequence=ahead)
 
 
 def tightly(block: Callable[[int], FastBlock], depth: int) -> nn.ModuleList:

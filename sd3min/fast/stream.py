@@ -1,12 +1,13 @@
 """Layers that are read from the file while the one before them computes, and dropped after use.
 
-A worker reads layer i + 1, and converts its tensors, while layer i is used: two layers are in
-memory at a time, however many there are. The file is read and not mapped, so that none of its pages
-count as this process's. Where the layers go to a GPU, the worker copies from pinned memory on a
-stream of its own, and waits for that alone.
+A worker reads layer i + 1, and converts its tensors, while layer i is used: there is memory for two
+layers, however many there are, and they take turns in it. The file is read and not mapped, so that
+none of its pages count as this process's. Where the layers go to a GPU, the worker copies from
+pinned memory on a stream of its own, and waits for that alone.
 """
 
 import json
+import re
 import struct
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,10 +20,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sd3min.parts import Part, fill
+from sd3min.fast.blocks import MODULATION
+from sd3min.parts import Part, fill, kept_type
 from sd3min.stored import AnyStored, Joined, Stored
 
 M = TypeVar("M", bound=nn.Module)
+CPU = torch.device("cpu")
 TYPES = {  # safetensors' names
     "F64": torch.float64,
     "F32": torch.float32,
@@ -31,11 +34,21 @@ TYPES = {  # safetensors' names
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-TOKEN_TABLE = "text_model.embeddings.token_embedding"
+LAYERS = {  # how their names begin, before a number
+    "mmdit": "joint_blocks",
+    "clip_l": "text_model.encoder.layers",
+    "clip_g": "text_model.encoder.layers",
+    "t5": "encoder.block",
+}
+TABLES = {  # what gives a row for each token, by all its names
+    "clip_l": ("text_model.embeddings.token_embedding",),
+    "clip_g": ("text_model.embeddings.token_embedding",),
+    "t5": ("shared", "encoder.embed_tokens"),
+}
 
 
 class Ahead(Generic[M]):
-    """Modules in a row, gone through again and again, each one made while the one before it is used."""
+    """Modules in a row, gone through again and again, each made while the one before it is used."""
 
     def __init__(self, make: Callable[[int], M], length: int, device: torch.device):
         self.make, self.length = make, length
@@ -50,19 +63,23 @@ class Ahead(Generic[M]):
 
     def take(self, i: int) -> M:
         """Module i, which is there or on its way if they are taken in order."""
-        ready = self.coming.pop(i, None) or self.worker.submit(self.made, i)
+        ready = self.coming.pop(i, None) or self.send(i)
         module = ready.result()
-        if self.stream:  # its memory is not used again before this stream is done with it
-            for tensor in module.state_dict().values():
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
         self.coming.clear()
         if i + 1 < self.length:
-            self.coming[i + 1] = self.worker.submit(self.made, i + 1)
+            self.coming[i + 1] = self.send(i + 1)
         return module
 
-    def made(self, i: int) -> M:
-        """What the worker does; where there is no stream, `stream` does nothing."""
-        with torch.no_grad(), torch.cuda.stream(self.stream):
+    def send(self, i: int) -> Future[M]:
+        """Let the worker make module i, after all that the GPU was given to do until now."""
+        until_now = torch.cuda.current_stream().record_event() if self.stream else None
+        return self.worker.submit(self.made, i, until_now)
+
+    def made(self, i: int, until_now: Any) -> M:
+        """What the worker does."""
+        if self.stream and until_now:
+            self.stream.wait_event(until_now)
+        with torch.no_grad(), torch.cuda.stream(self.stream):  # of None does nothing
             return self.make(i)
 
 
@@ -102,6 +119,27 @@ def unmapped(part: Part, device: torch.device) -> Part:
     return replace(part, tensors={n: tensor_apart(tensor) for n, tensor in part.tensors.items()})
 
 
+class Turns:
+    """Reads a part's tensors. Those of layer i + 2 are put where those of layer i are."""
+
+    def __init__(self, part: Part, dtype: torch.dtype, device: torch.device):
+        self.part, self.dtype, self.device = unmapped(part, device), dtype, device
+        self.places: dict[str, Tensor] = {}
+
+    def __call__(self, name: str) -> Tensor:
+        """A tensor by its official name; those of no layer, and modulation, are made anew."""
+        layer = re.match(rf"{LAYERS[self.part.name]}\.(\d+)\.", name)
+        if layer is None or MODULATION in name:
+            return self.part.tensor(name, self.dtype, self.device)
+        turn = f"{int(layer[1]) % 2} {name[layer.end() :]}"
+        stored, dtype = self.part.tensors[name], kept_type(name, self.dtype)
+        place = self.places.get(turn)
+        if place is None or list(place.shape) != stored.shape:
+            place = self.places[turn] = torch.empty(stored.shape, dtype=dtype, device=self.device)
+        joined = isinstance(stored, Joined)
+        return place.copy_(stored.load(dtype, CPU) if joined else stored.values())
+
+
 class FileEmbedding(nn.Module):
     """An embedding whose rows are looked up in the mapped file."""
 
@@ -123,15 +161,13 @@ class FileEmbedding(nn.Module):
 def streamed_encoder(part: Part, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A text encoder with two of its layers in memory at a time, and some rows of its table."""
     module: Any = part.skeleton()
-    t5 = part.name == "t5"
-    place = "encoder.block" if t5 else "text_model.encoder.layers"
-    tables = ("shared", "encoder.embed_tokens") if t5 else (TOKEN_TABLE,)
+    place, tables = LAYERS[part.name], TABLES[part.name]
     layers = module.get_submodule(place)
     for name in (place, *tables):
         module.set_submodule(name, nn.Identity())
     fill(module, {name: part.tensor(name, dtype, device) for name in module.state_dict()})
 
-    apart = unmapped(part, device)
+    read = Turns(part, dtype, device)
     rows = FileEmbedding(part.tensors[f"{tables[0]}.weight"], dtype, device)
     for name in tables:
         module.set_submodule(name, rows)
@@ -140,8 +176,7 @@ def streamed_encoder(part: Part, dtype: torch.dtype, device: torch.device) -> nn
 
     def filled(i: int) -> nn.Module:
         layer, start = row[i], f"{place}.{i}."
-        tensors = {n: apart.tensor(start + n, dtype, device) for n in layer.state_dict()}
-        return fill(layer, tensors)
+        return fill(layer, {name: read(start + name) for name in layer.state_dict()})
 
     ahead = Ahead(filled, len(layers), device)
 
