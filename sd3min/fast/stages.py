@@ -9,7 +9,7 @@ time, or two layers.
 import ctypes
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -18,12 +18,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sd3min import flow
-from sd3min.checkpoint import TOKENIZERS, Checkpoint, encoder_names, part_names
+from sd3min.checkpoint import TOKENIZERS, Checkpoint, encoder_names
 from sd3min.fast.blocks import FastBlock
 from sd3min.fast.mmdit import FastMMDiT, Run
+from sd3min.fast.plan import Plan, plan
 from sd3min.fast.stream import Ahead, Turns, streamed_encoder
+from sd3min.fast.t5 import load_t5
 from sd3min.parts import Part
 from sd3min.pipeline import Pipeline
+from sd3min.settings import check_call
 from sd3min.text_encoders import Conditioning, TextEncoders
 
 MEMORY = ("fast", "resident", "stream")
@@ -87,17 +90,23 @@ class StagedPipeline(Pipeline):
         opened: Checkpoint,
         dtype: torch.dtype,
         device: torch.device,
-        t5: bool = True,
+        t5: bool | str = True,
         memory: str = "resident",
     ):
-        opened.require(part_names(t5))
+        kept = {"dtype": dtype, "device": device, "t5": t5, "memory": memory}
+        self.planned = partial(plan, opened, **kept)
         self.config, self.defaults = opened.parts["mmdit"].config, opened.defaults
         self.weights, self.device, self.dtype = opened.fingerprint(), device, dtype
-        self.stages = Stages(loaders(opened, dtype, device, memory), keep=memory == "fast")
-        self.text_encoders = StagedEncoders(self.stages, opened, t5)
+        self.stages = Stages(loaders(opened, dtype, device, t5, memory), keep=memory == "fast")
+        self.text_encoders = StagedEncoders(self.stages, opened, bool(t5))
         if memory == "fast":
-            for name in (*encoder_names(t5), "network", "autoencoder"):
+            for name in (*encoder_names(bool(t5)), "network", "autoencoder"):
                 self.stages(name)
+
+    def plan(self, prompt: str | Sequence[str] = "", **given: Any) -> Plan:
+        """What will be in memory at each stage of a call with these arguments."""
+        _, _, seeds, settings = check_call(self.config, self.defaults, prompt, **given)
+        return self.planned(settings, pictures=len(seeds))
 
     def __getattr__(self, name: str) -> Any:
         """The autoencoder, and the plain network where it is asked for, begin their stages."""
@@ -125,11 +134,13 @@ class StagedPipeline(Pipeline):
 
 
 def loaders(
-    opened: Checkpoint, dtype: torch.dtype, device: torch.device, memory: str
+    opened: Checkpoint, dtype: torch.dtype, device: torch.device, t5: bool | str, memory: str
 ) -> dict[str, Callable[[], Any]]:
     """How each part is loaded under a plan of memory."""
     load = {name: partial(opened.load, name, dtype, device) for name in opened.parts}
     load["network"] = partial(network, opened.parts["mmdit"], dtype, device, memory == "stream")
+    if isinstance(t5, str):
+        load["t5"] = partial(load_t5, opened.parts["t5"], dtype, device, t5)
     if memory == "stream":
         encoders = [name for name in opened.parts if name in TOKENIZERS]
         load |= {
