@@ -5,7 +5,8 @@ from sd3min.checkpoint import load_autoencoder, load_mmdit, load_text_encoders
 from sd3min.config import Refusal
 from sd3min.conventions import CONVENTIONS, Conventions
 from sd3min.differences import explain
-from sd3min.pipeline import Pipeline, load, save
+from sd3min.loading import load
+from sd3min.pipeline import Pipeline, save
 from sd3min.record import read_record
 from sd3min.settings import Settings
 

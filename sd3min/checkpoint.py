@@ -169,7 +169,7 @@ class Checkpoint:
         self, dtype: torch.dtype, device: torch.device, t5: bool = True
     ) -> TextEncoders:
         """All text encoders with their tokenizers; without T5 its rows are zeros."""
-        names = [name for name in part_names(t5) if name in TOKENIZERS]
+        names = encoder_names(t5)
         self.require(names)
         width = self.context_width()
         tokenizers = [self.load_tokenizer(name) for name in names]
@@ -241,6 +241,11 @@ def part_names(t5: bool) -> list[str]:
     return [name for name in TITLES if t5 or name != "t5"]
 
 
+def encoder_names(t5: bool) -> list[str]:
+    """The text encoders of a whole model, with or without T5."""
+    return [name for name in part_names(t5) if name in TOKENIZERS]
+
+
 def listed(paths: AnyPaths | None) -> list[Path]:
     """One path or several as a list."""
     given = [paths] if isinstance(paths, str | Path) else paths or []
@@ -306,6 +311,6 @@ def load_text_encoders(
     t5: bool = True,
 ) -> TextEncoders:
     """The text encoders of a file or folder, or of several, alone."""
-    names = [name for name in part_names(t5) if name in TOKENIZERS]
+    names = encoder_names(t5)
     checkpoint = Checkpoint.open(path, tokenizers=tokenizers, wanted=names)
     return checkpoint.load_text_encoders(*checkpoint.placement(device, dtype), t5)

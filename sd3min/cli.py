@@ -16,12 +16,14 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from sd3min import checkpoint, hub, options, pipeline, probes
+from sd3min import checkpoint, hub, loading, options, pipeline, probes
 from sd3min.config import Refusal, released_name
 from sd3min.conventions import CONVENTIONS, find_conventions
 from sd3min.convert import convert
 from sd3min.differences import PICTURES, Difference, explain
-from sd3min.generate import add_generate
+from sd3min.fast.plan import plan
+from sd3min.fast.stages import MEMORY
+from sd3min.generate import add_generate, add_placement
 from sd3min.parts import TITLES, Part
 from sd3min.probes import report, table
 from sd3min.settings import check_call
@@ -33,6 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command", parser_class=options.Parser)
     add_generate(commands.add_parser("generate", help="make pictures of prompts"))
     add_inspect(commands.add_parser("inspect", help="say what a file holds"))
+    add_plan(commands.add_parser("plan", help="say what will be in memory, stage by stage"))
     layouts = "official single file to diffusers folder, or back"
     add_convert(commands.add_parser("convert", help=layouts))
     add_verify(commands.add_parser("verify", help="check a file, part by part, against diffusers"))
@@ -45,6 +48,16 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_inspect)
     paths = "official files, folders or names on the hub: headers are read (default: sd3-tiny)"
     parser.add_argument("path", type=Path, nargs="*", help=paths)
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """The options of `sd3min plan`."""
+    parser.set_defaults(run=run_plan)
+    add = parser.add_argument
+    add("path", type=Path, nargs="*", help="official files or folders (default: sd3-tiny)")
+    add_placement(parser)
+    add("--size", type=options.size, metavar="WxH", help="of the picture (default: the weights')")
+    add("--num-images", type=options.whole, default=1, help="pictures at once (default: 1)")
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +143,25 @@ def described_parts(opened: checkpoint.Checkpoint) -> str:
             lines.append(f"  {'':12} passed over: {', '.join(sorted(part.extras))}")
     missing = [title for name, title in TITLES.items() if name not in opened.parts]
     return "\n".join([*lines, f"  missing: {', '.join(missing) or 'nothing'}"])
+
+
+def run_plan(arguments: argparse.Namespace) -> None:
+    """Print the plan that was asked for, or every plan; only headers are read."""
+    t5 = arguments.t5 or not arguments.no_t5
+    names = checkpoint.part_names(bool(t5))
+    opened = checkpoint.Checkpoint.open(arguments.path or None, wanted=names)
+    plans = (arguments.memory,) if arguments.memory else MEMORY
+    for memory in plans:
+        loading.check(opened, t5 if memory != "stream" or arguments.memory else bool(t5), memory)
+    placed = opened.placement(arguments.device, arguments.dtype)
+    width, height = arguments.size or (None, None)
+    config, call = opened.parts["mmdit"].config, {"num_images": arguments.num_images}
+    *_, settings = check_call(config, opened.defaults, "", width=width, height=height, **call)
+    tables = [
+        f"{memory}\n{plan(opened, settings, *placed, t5, memory, arguments.num_images)}"
+        for memory in plans
+    ]
+    print("\n\n".join(tables))
 
 
 def run_convert(arguments: argparse.Namespace) -> None:

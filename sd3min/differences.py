@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from sd3min.checkpoint import Checkpoint
 from sd3min.config import released_name
 from sd3min.conventions import Conventions, find_conventions, reasons
-from sd3min.pipeline import Pipeline, load
+from sd3min.pipeline import Pipeline, assemble
 from sd3min.text_encoders import TextEncoders
 
 PROMPT = "a red circle above a blue square on gray!"
@@ -53,8 +54,8 @@ def explain(
     as in `b`. The pictures are sd3-tiny's, or those of `pipe`, of its own size or of another width
     and height. What shows only in some pictures is measured in those: see `SITUATIONS`.
     """
-    pipe = pipe or load()
-    model = released_name(pipe.mmdit.config)
+    pipe = pipe or assemble(Checkpoint.open())
+    model = released_name(pipe.config)
     one, other = (as_used(find_conventions(given), model) for given in (a, b))
     made: dict[str, np.ndarray] = {}
     rows = []

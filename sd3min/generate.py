@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from sd3min import checkpoint, flow, options, pipeline
+from sd3min import checkpoint, flow, loading, options, pipeline
 from sd3min.config import Refusal
 from sd3min.conventions import CONVENTIONS, WITHOUT_T5
 from sd3min.record import Record, current_versions, read_record
@@ -44,9 +44,19 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     add("--text-encoders", type=Path, nargs="+", metavar="PATH", help=encoders)
     tokenizers = "holds tokenizer, tokenizer_2, tokenizer_3 (default: beside the weights)"
     add("--tokenizers", type=Path, metavar="FOLDER", help=tokenizers)
-    add("--no-t5", action="store_true", help="leave T5 out: zeros in its place")
-    add("--dtype", help="float32, bfloat16 or float16")
-    add("--device", help="cpu, cuda, …")
+    add_placement(parser)
+
+
+def add_placement(parser: argparse.ArgumentParser) -> None:
+    """Options of how it is loaded."""
+    t5 = parser.add_mutually_exclusive_group()
+    t5.add_argument("--no-t5", action="store_true", help="leave T5 out: zeros in its place")
+    kinds = "keep T5 in eight bits: int8, bnb (bitsandbytes'), or fp8, of a file in fp8"
+    t5.add_argument("--t5", metavar="KIND", help=kinds)
+    plans = "one part at a time (resident), two layers at a time (stream), or all, quick (fast)"
+    parser.add_argument("--memory", metavar="PLAN", help=plans)
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16")
+    parser.add_argument("--device", help="cpu, cuda, …")
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -151,17 +161,20 @@ def run_generate(arguments: argparse.Namespace) -> None:
     again = Path(f"{arguments.like.stem}-again.png") if record else None
     count = len(prompts) * max(call.get("num_images", 1), 1)
     paths = targets(arguments.out or again, prompts[0], count)
-    dtype, t5 = arguments.dtype, not arguments.no_t5
+    dtype, t5 = arguments.dtype, arguments.t5 or not arguments.no_t5
     if record:
-        dtype, t5 = dtype or record.dtype, t5 and record.t5 is not False
+        dtype, t5 = dtype or record.dtype, t5 if record.t5 is not False else False
     opened = checkpoint.Checkpoint.open(
-        arguments.weights, arguments.text_encoders, arguments.tokenizers, checkpoint.part_names(t5)
+        arguments.weights,
+        arguments.text_encoders,
+        arguments.tokenizers,
+        checkpoint.part_names(bool(t5)),
     )
     opened.require(["mmdit"])
     check_call(opened.parts["mmdit"].config, opened.defaults, **call)
     if record:
         check_origin(record, arguments, opened)
-    pipe = pipeline.assemble(opened, arguments.device, dtype, t5)
+    pipe = loading.assemble(opened, arguments.device, dtype, t5, arguments.memory)
     for image, path in zip(pipe(**call, progress=sys.stderr.isatty()), paths, strict=True):
         pipeline.save(image, path)
         print(path)

@@ -173,24 +173,25 @@ class Part:
         """What is raised about a part that cannot be used."""
         return Unfit(f"the {TITLES[self.name]} in {self.path} {fault}")
 
-    def read(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """The tensors, mapped from the file where type and device fit, else converted singly."""
-        return {
-            name: tensor.load(kept_type(name, dtype), device)
-            for name, tensor in self.tensors.items()
-        }
+    def tensor(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """One tensor of the module: mapped from the file where type and device fit, else converted,
+        or derived where the file need not have it.
+        """
+        if name in self.tensors:
+            return self.tensors[name].load(kept_type(name, dtype), device)
+        if name == DERIVED["mmdit"]:
+            return position_table(self.config.width, self.config.grid).to(device, dtype)
+        if name == DERIVED["clip_l"]:
+            return torch.eye(self.config.width).to(device, dtype)
+        raise KeyError(f"the {TITLES[self.name]} in {self.path} has no {name}")
 
     def load(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """The module, filled."""
-        module, config = self.skeleton(), self.config
-        tensors = self.read(dtype, device)
-        if self.name == "mmdit" and "pos_embed" not in tensors:
-            table = position_table(config.width, config.grid)
-            tensors["pos_embed"] = table.to(device, dtype)
-        if self.name == "clip_l":
-            tensors.setdefault(DERIVED["clip_l"], torch.eye(config.width).to(device, dtype))
+        module = self.skeleton()
+        twin = DERIVED["t5"]
+        tensors = {n: self.tensor(n, dtype, device) for n in module.state_dict() if n != twin}
         if isinstance(module, T5EncoderModel):
-            tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
+            tensors[twin] = tensors["shared.weight"]
             module.encoder.embed_tokens = module.shared
         return fill(module, tensors)
 

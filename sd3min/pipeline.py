@@ -100,7 +100,7 @@ class Pipeline:
     ):
         """`defaults`: of settings left open; `weights`: what pictures name as their origin."""
         self.mmdit, self.autoencoder, self.text_encoders = mmdit, autoencoder, text_encoders
-        self.defaults = defaults or Defaults()
+        self.config, self.defaults = mmdit.config, defaults or Defaults()
         self.weights = weights
         self.device, self.dtype = mmdit.pos_embed.device, mmdit.pos_embed.dtype
 
@@ -132,7 +132,7 @@ class Pipeline:
         given = {"num_images": num_images, "seed": seed, **settings}
         given |= {"init_image": init_image, "mask_image": mask_image}
         prompts, negatives, seeds, chosen = check_call(
-            self.mmdit.config, self.defaults, prompt, negative_prompt, **given
+            self.config, self.defaults, prompt, negative_prompt, **given
         )
         generators = [torch.Generator().manual_seed(value) for value in seeds]
 
@@ -265,7 +265,7 @@ class Pipeline:
             "conventions": settings.conventions.name,
             "init_image": record.pixel_hash(init_image),
             "mask_image": record.pixel_hash(mask_image, "L"),
-            "t5": self.text_encoders.t5 is not None,
+            "t5": self.text_encoders.has_t5,
             "dtype": str(self.dtype).removeprefix("torch."),
             "weights": self.weights,
             "versions": record.current_versions(),
@@ -276,30 +276,6 @@ class Pipeline:
             own = {"prompt": prompt, "negative_prompt": negative, "seed": seed}
             picture.info["sd3min"] = record.dumps(own | common)
         return pictures
-
-
-def load(
-    path: checkpoint.AnyPaths | None = None,
-    text_encoders: checkpoint.AnyPaths | None = None,
-    tokenizers: checkpoint.AnyPath | None = None,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    t5: bool = True,
-) -> Pipeline:
-    """A pipeline from an official file, a folder of such files or a diffusers folder, or a name on
-    the hub such as stabilityai/stable-diffusion-3-medium-diffusers; from the shipped sd3-tiny
-    where no path is given.
-
-    `path` may be several, of which the last that holds a part counts. `text_encoders`: files of
-    encoders, which come before those at `path`. `tokenizers`: the folder that holds `tokenizer`,
-    `tokenizer_2` and `tokenizer_3`, by default the first path or the folder that it lies in.
-    `dtype`: float32, bfloat16 or float16; by default float32 for small files, for others bfloat16
-    on a CPU and the stored type on a GPU. `t5=False` goes without T5, with zeros in its place.
-    Raises Refusal where a file does not fit, and says which tensors.
-    """
-    names = checkpoint.part_names(t5)
-    opened = checkpoint.Checkpoint.open(path, text_encoders, tokenizers, names)
-    return assemble(opened, device, dtype, t5)
 
 
 def assemble(

@@ -111,6 +111,11 @@ class TextEncoders(nn.Module):
         self.context_width = context_width
         self.t5_length = t5_length
 
+    @property
+    def has_t5(self) -> bool:
+        """Whether T5 was not left out."""
+        return self.t5 is not None
+
     def clip_rows(
         self,
         model: CLIPTextModelWithProjection,

@@ -41,6 +41,7 @@ LAYERS = (  # a module imports only from those above it
     "pipeline",
     "differences",
     "fast",
+    "loading",
     "training",
     "probes",
     "explorer",

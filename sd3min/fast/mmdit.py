@@ -45,7 +45,7 @@ class FastMMDiT(nn.Module):
         config: MMDiTConfig,
         read: Read,
         make: Callable[[nn.Linear], nn.Module] = packed,
-        sequence: Callable[[Callable[[int], FastBlock], int], Iterable[FastBlock]] | None = None,
+        sequence: Callable[[Callable[[int], FastBlock], int], Iterable[nn.Module]] | None = None,
     ):
         super().__init__()
         self.config, self.read, self.make = config, read, make
@@ -74,7 +74,7 @@ class FastMMDiT(nn.Module):
         rows = text.context[:, : text.context.shape[1] - repeats + 1]
         time = outer.t_embedder(sinusoid(timesteps).to(rows.dtype))
         cond = rearrange(time, "s d -> s 1 d") + outer.y_embedder(text.pooled)
-        return Run(self, outer.context_embedder(rows), repeats, cond)
+        return Run(lambda: self, outer.context_embedder(rows), repeats, cond)
 
     def modulation(self, cond: Float[Tensor, "s b d"]) -> list[tuple[Tensor, Tensor]]:
         """Shifts, scales and gates of every block, of the context and of the image [s b parts d].
@@ -104,23 +104,26 @@ class Run:
 
     def __init__(
         self,
-        network: FastMMDiT,
+        network: Callable[[], FastMMDiT],
         context: Float[Tensor, "b l d"],
         repeats: int,
         cond: Float[Tensor, "s b d"],
     ):
-        """`repeats`: how many equal rows the last one of the context stands for."""
+        """`network`: where it is, or what loads it again; `repeats`: how many equal rows the last
+        one of the context stands for.
+        """
         self.network, self.context, self.repeats, self.cond = network, context, repeats, cond
-        self.first, self.tables = 0, network.modulation(cond[:STEPS_AHEAD])
+        self.first, self.tables = 0, network().modulation(cond[:STEPS_AHEAD])
 
     def __call__(self, latents: Float[Tensor, "b c h w"], i: int) -> Float[Tensor, "b c h w"]:
         """The velocity at step i."""
+        network = self.network()
         if not self.first <= i < self.first + STEPS_AHEAD:
-            self.first, self.tables = i, self.network.modulation(self.cond[i : i + STEPS_AHEAD])
-        outer, h, w = self.network.outer, latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
+            self.first, self.tables = i, network.modulation(self.cond[i : i + STEPS_AHEAD])
+        outer, h, w = network.outer, latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
         image = outer.x_embedder(latents) + outer.positions(h, w)
         context = self.context.clone()
-        for block, tables in zip(self.network.blocks, self.tables, strict=True):
+        for block, tables in zip(network.blocks, self.tables, strict=True):
             parts = (table[i - self.first] for table in tables)
             context, image = block(context, image, *parts, self.repeats)
         return unpatchify(outer.final_layer(image, self.cond[i]), h)

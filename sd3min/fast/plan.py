@@ -1,0 +1,152 @@
+"""What is in memory at each stage of a picture, told by the headers of the files alone."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from sd3min.checkpoint import TOKENIZERS, Checkpoint, part_names
+from sd3min.config import CLIP_L, HEAD_WIDTH, SIZE_STEP
+from sd3min.fast.blocks import MODULATION
+from sd3min.fast.stream import LAYERS, TABLES, TYPES
+from sd3min.fast.t5 import LINEAR
+from sd3min.parts import DERIVED, TITLES, Part, kept_type
+from sd3min.settings import Settings
+from sd3min.stored import Stored
+
+PROCESS = 300_000_000  # bytes that Python and its libraries take, measured on Linux
+HEAD = ("stage", "weights", "mapped", "working", "type", "weights are")
+MAPS = 6  # of the widest channels at full size that decoding holds at once, measured
+WAYS = {
+    "plain": "whole",
+    "for runs": "whole, without modulation",
+    "streamed": "two layers at a time",
+}
+KEPT = {"int8": torch.int8, "bnb": torch.int8, "fp8": torch.float8_e4m3fn}
+TOKENS = 8  # times the width that a token takes in a block: itself, q k v, and twice what follows
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part while it is in use, in bytes."""
+
+    title: str
+    weights: int  # of the process's own
+    mapped: int  # pages of the file, which the system drops when it is in need
+    working: int  # what is computed, estimated from its shapes
+    dtype: str
+    source: str  # how the weights come to be there
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """A line of the table."""
+        figures = map(gigabytes, (self.weights, self.mapped, self.working))
+        return self.title, *figures, self.dtype, self.source
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages in their order, and whether the parts of all are kept."""
+
+    stages: tuple[Stage, ...]
+    keeps: bool
+    program: int  # bytes that are there before anything is loaded
+
+    @property
+    def peak(self) -> int:
+        """Most bytes of the process's own."""
+        if self.keeps:
+            weights = sum(stage.weights for stage in self.stages)
+            return self.program + weights + max(stage.working for stage in self.stages)
+        return self.program + max(stage.weights + stage.working for stage in self.stages)
+
+    def __str__(self) -> str:
+        """The table."""
+        rows = [HEAD, *(stage.cells for stage in self.stages)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+        kept = "all parts stay" if self.keeps else "one part at a time"
+        program = f", of which {gigabytes(self.program)} is the program" if self.program else ""
+        lines.append(f"{kept}: at most {gigabytes(self.peak)}{program}, and what is mapped")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def gigabytes(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 1e9:.2f} GB"
+
+
+def plan(
+    opened: Checkpoint,
+    settings: Settings,
+    dtype: torch.dtype,
+    device: torch.device,
+    t5: bool | str = True,
+    memory: str | None = None,
+    pictures: int = 1,
+) -> Plan:
+    """What will be in memory, the CPU's or that of another device, while pictures are made."""
+    batch = pictures * (2 if settings.guidance_scale > 1 else 1)
+    order = [name for name in (*TOKENIZERS, "mmdit", "autoencoder") if name in part_names(bool(t5))]
+    stages = []
+    for name in order:
+        part, how = opened.parts[name], way(name, t5, memory)
+        own, mapped = held(part, dtype, device, how)
+        work = working(part, settings, pictures if name == "autoencoder" else batch)
+        stored = "+".join(sorted({tensor.dtype for tensor in part.tensors.values()}))
+        typed = str(dtype).removeprefix("torch.")
+        source = f"{WAYS.get(how, how)}, of {stored}"
+        stages.append(Stage(TITLES[name], own, mapped, work * dtype.itemsize, typed, source))
+    return Plan(tuple(stages), memory in (None, "fast"), PROCESS * (device.type == "cpu"))
+
+
+def way(name: str, t5: bool | str, memory: str | None) -> str:
+    """How a part is held: "plain", "for runs" or "streamed", or a kind of eight bits."""
+    if memory == "stream" and name != "autoencoder":
+        return "streamed"
+    if name == "t5" and isinstance(t5, str):
+        return t5
+    return "for runs" if name == "mmdit" and memory else "plain"
+
+
+def held(part: Part, dtype: torch.dtype, device: torch.device, how: str) -> tuple[int, int]:
+    """What a part's weights take: of the process's own, and mapped."""
+    shapes = {name: tensor.shape for name, tensor in part.skeleton().state_dict().items()}
+    own, mapped, layers = 0, 0, dict[str, int]()
+    for name, shape in shapes.items():
+        layer = re.match(LAYERS.get(part.name, "no layer") + r"\.\d+\.", name)
+        kept = (
+            KEPT.get(how, kept_type(name, dtype)) if LINEAR.search(name) else kept_type(name, dtype)
+        )
+        count = shape.numel() * kept.itemsize
+        if name == DERIVED["t5"] or (layer and how != "plain" and MODULATION in name):
+            continue  # another name of a table; what is read when it is needed
+        if how == "streamed" and layer:
+            layers[layer[0]] = layers.get(layer[0], 0) + count
+        elif how == "streamed" and name.removesuffix(".weight") in TABLES.get(part.name, ()):
+            continue  # looked up in the file
+        elif fits(part, name, kept, device) and not (layer and how == "for runs"):
+            mapped += count
+        else:
+            own += count
+    return own + 2 * max(layers.values(), default=0), mapped
+
+
+def fits(part: Part, name: str, kept: torch.dtype, device: torch.device) -> bool:
+    """Whether a tensor is used where it is in the file."""
+    stored = part.tensors.get(name)
+    as_it_is = isinstance(stored, Stored) and not stored.scale and TYPES[stored.dtype] == kept
+    return as_it_is and device.type == "cpu"
+
+
+def working(part: Part, settings: Settings, batch: int) -> int:
+    """How many values are there at once while a batch is computed, besides the weights."""
+    config, pixels = part.config, settings.width * settings.height
+    if part.name == "autoencoder":
+        return MAPS * batch * pixels * config.widths[1]
+    if part.name == "mmdit":
+        rows = pixels // SIZE_STEP**2 + settings.t5_length + CLIP_L.length
+        return TOKENS * batch * rows * config.width
+    rows = settings.t5_length if part.name == "t5" else config.length
+    heads = config.width // HEAD_WIDTH
+    return batch * rows * (TOKENS * config.width + 3 * config.mlp_width + 2 * heads * rows)

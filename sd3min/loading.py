@@ -1,0 +1,72 @@
+"""The whole model from its files, within the memory there is."""
+
+import torch
+
+from sd3min import checkpoint, pipeline
+from sd3min.config import Refusal
+from sd3min.fast.stages import MEMORY, StagedPipeline
+from sd3min.fast.t5 import check as check_t5
+from sd3min.fast.t5 import load_t5
+from sd3min.pipeline import Pipeline
+
+
+def load(
+    path: checkpoint.AnyPaths | None = None,
+    text_encoders: checkpoint.AnyPaths | None = None,
+    tokenizers: checkpoint.AnyPath | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    t5: bool | str = True,
+    memory: str | None = None,
+) -> Pipeline:
+    """A pipeline from an official file, a folder of such files or a diffusers folder, or a name on
+    the hub such as stabilityai/stable-diffusion-3-medium-diffusers; from the shipped sd3-tiny
+    where no path is given.
+
+    `path` may be several, of which the last that holds a part counts. `text_encoders`: files of
+    encoders, which come before those at `path`. `tokenizers`: the folder that holds `tokenizer`,
+    `tokenizer_2` and `tokenizer_3`, by default the first path or the folder that it lies in.
+    `dtype`: float32, bfloat16 or float16; by default float32 for small files, for others bfloat16
+    on a CPU and the stored type on a GPU. `t5=False` goes without T5, with zeros in its place;
+    "int8" and "bnb", bitsandbytes', keep it in eight bits, and "fp8" as a file in fp8 has it.
+    `memory`: "fast" keeps all parts and speeds the network up, "resident" keeps one part at a time,
+    "stream" two layers of it; without it the parts are the plain modules. Raises Refusal where a
+    file does not fit, and says which tensors.
+    """
+    names = checkpoint.part_names(bool(t5))
+    opened = checkpoint.Checkpoint.open(path, text_encoders, tokenizers, names)
+    return assemble(opened, device, dtype, t5, memory)
+
+
+def assemble(
+    opened: checkpoint.Checkpoint,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    t5: bool | str = True,
+    memory: str | None = None,
+) -> Pipeline:
+    """A pipeline from opened files."""
+    check(opened, t5, memory)
+    chosen, place = opened.placement(device, dtype)
+    if memory is not None:
+        return StagedPipeline(opened, chosen, place, t5, memory)
+    pipe = pipeline.assemble(opened, place, chosen, t5 is True)
+    if isinstance(t5, str):
+        pipe.text_encoders.t5 = load_t5(opened.parts["t5"], chosen, place, t5)
+        encoders = pipe.text_encoders
+        encoders.tokenizers = [*encoders.tokenizers, opened.load_tokenizer("t5")]
+    return pipe
+
+
+def check(opened: checkpoint.Checkpoint, t5: bool | str, memory: str | None) -> None:
+    """Refuse plans that there are not, and files that do not fit."""
+    if memory not in (None, *MEMORY):
+        raise Refusal(f"memory {memory} is not one of {', '.join(MEMORY)}")
+    opened.require(checkpoint.part_names(bool(t5)))
+    if isinstance(t5, str):
+        check_t5(opened.parts["t5"], t5)
+        if memory == "stream":
+            raise Refusal(
+                f"t5 {t5} is for a T5 that stays in memory: leave it out under memory stream, "
+                "which reads T5 layer by layer"
+            )
