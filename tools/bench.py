@@ -3,8 +3,8 @@
 Each side is a process of its own (tools/bench_sides.py) with random bfloat16 weights of official
 width, and all take turns, so that whatever else the machine does meets all of them. Medians and
 ratios count; seconds belong to the machine. Peers that are not installed are left out: diffusers
-comes with `pip install -e .[dev]`, OpenVINO with `pip install openvino`. `--work "step 512"` puts that
-row alone anew.
+comes with `pip install -e .[dev]`, OpenVINO with `pip install openvino`. `--work "step 512"` puts
+that row alone anew.
 
 GFLOP/s are those of the plain network's products, depth·(24·d²·T + 4·T²·d) for T tokens of d
 channels of each picture, whatever a side does to need fewer, beside the most that one product
