@@ -42,7 +42,7 @@ def sparse(tmp_path_factory):
     [
         ("resident", 512, False, "private", 3.6e9),
         ("stream", 512, False, "resident", 1.5e9),
-        ("stream", 512, True, "resident", 2.0e9),
+        ("stream", 512, True, "resident", 1.5e9),
     ],
 )
 def test_sd3_medium_stays_within_its_plan(memory, size, with_t5, kind, most, sparse):

@@ -6,9 +6,11 @@ none of its pages count as this process's. Where the layers go to a GPU, the wor
 pinned memory on a stream of its own, and waits for that alone.
 """
 
+import ctypes
 import json
 import re
 import struct
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,6 +47,12 @@ TABLES = {  # what gives a row for each token, by all its names
     "clip_g": ("text_model.embeddings.token_embedding",),
     "t5": ("shared", "encoder.embed_tokens"),
 }
+
+
+def trim() -> None:
+    """Hand freed memory back to the system, which glibc would keep between what is in use."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Ahead(Generic[M]):
@@ -183,6 +191,7 @@ def streamed_encoder(part: Part, dtype: torch.dtype, device: torch.device) -> nn
 
     def end(layer: nn.Module, *_: Any) -> None:
         layer.to("meta")
+        trim()
 
     for i, (name, layer) in enumerate(layers.items()):
         layer.register_forward_pre_hook(partial(begin, i))
