@@ -1,6 +1,7 @@
 """What is in memory at each stage of a picture, told by the headers of the files alone."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -112,9 +113,9 @@ def way(name: str, t5: bool | str, memory: str | None) -> str:
 def held(part: Part, dtype: torch.dtype, device: torch.device, how: str) -> tuple[int, int]:
     """What a part's weights take: of the process's own, and mapped."""
     shapes = {name: tensor.shape for name, tensor in part.skeleton().state_dict().items()}
-    own, mapped, layers = 0, 0, dict[str, int]()
+    own, mapped, layers = 0, 0, Counter[tuple[str, str]]()
     for name, shape in shapes.items():
-        layer = re.match(LAYERS.get(part.name, "no layer") + r"\.\d+\.", name)
+        layer = re.match(LAYERS.get(part.name, "no layer") + r"\.", name)
         kept = (
             KEPT.get(how, kept_type(name, dtype)) if LINEAR.search(name) else kept_type(name, dtype)
         )
@@ -122,14 +123,17 @@ def held(part: Part, dtype: torch.dtype, device: torch.device, how: str) -> tupl
         if name == DERIVED["t5"] or (layer and how != "plain" and MODULATION in name):
             continue  # another name of a table; what is read when it is needed
         if how == "streamed" and layer:
-            layers[layer[0]] = layers.get(layer[0], 0) + count
+            layers[layer[0], layer[1]] += count
         elif how == "streamed" and name.removesuffix(".weight") in TABLES.get(part.name, ()):
             continue  # looked up in the file
         elif fits(part, name, kept, device) and not (layer and how == "for runs"):
             mapped += count
         else:
             own += count
-    return own + 2 * max(layers.values(), default=0), mapped
+    turns = [
+        max((n for (_, i), n in layers.items() if int(i) % 2 == turn), default=0) for turn in (0, 1)
+    ]
+    return own + sum(turns), mapped
 
 
 def fits(part: Part, name: str, kept: torch.dtype, device: torch.device) -> bool:

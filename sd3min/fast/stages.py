@@ -6,8 +6,6 @@ encoders and of the network only two layers do. On a GPU the same order moves on
 time, or two layers.
 """
 
-import ctypes
-import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -22,7 +20,7 @@ from sd3min.checkpoint import TOKENIZERS, Checkpoint, encoder_names
 from sd3min.fast.blocks import FastBlock
 from sd3min.fast.mmdit import FastMMDiT, Run
 from sd3min.fast.plan import Plan, plan
-from sd3min.fast.stream import Ahead, Turns, streamed_encoder
+from sd3min.fast.stream import Ahead, Turns, streamed_encoder, trim
 from sd3min.fast.t5 import load_t5
 from sd3min.parts import Part
 from sd3min.pipeline import Pipeline
@@ -30,12 +28,6 @@ from sd3min.settings import check_call
 from sd3min.text_encoders import Conditioning, TextEncoders
 
 MEMORY = ("fast", "resident", "stream")
-
-
-def trim() -> None:
-    """Hand freed memory back to the system, which glibc would keep between what is in use."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Stages:

@@ -6,9 +6,11 @@ none of its pages count as this process's. Where the layers go to a GPU, the wor
 pinned memory on a stream of its own, and waits for that alone.
 """
 
+import ctypes
 import json
 import re
 import struct
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,17 +36,23 @@ TYPES = {  # safetensors' names
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-LAYERS = {  # how their names begin, before a number
-    "mmdit": "joint_blocks",
-    "clip_l": "text_model.encoder.layers",
-    "clip_g": "text_model.encoder.layers",
-    "t5": "encoder.block",
+LAYERS = {  # their names, with the number that says whose turn it is; T5's are halves of a block
+    "mmdit": r"joint_blocks\.(\d+)",
+    "clip_l": r"text_model\.encoder\.layers\.(\d+)",
+    "clip_g": r"text_model\.encoder\.layers\.(\d+)",
+    "t5": r"encoder\.block\.\d+\.layer\.(\d+)",
 }
 TABLES = {  # what gives a row for each token, by all its names
     "clip_l": ("text_model.embeddings.token_embedding",),
     "clip_g": ("text_model.embeddings.token_embedding",),
     "t5": ("shared", "encoder.embed_tokens"),
 }
+
+
+def trim() -> None:
+    """Hand freed memory back to the system, which glibc would keep between what is in use."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Ahead(Generic[M]):
@@ -120,7 +128,7 @@ def unmapped(part: Part, device: torch.device) -> Part:
 
 
 class Turns:
-    """Reads a part's tensors. Those of layer i + 2 are put where those of layer i are."""
+    """Reads a part's tensors. Those of a layer are put where those of the last but one are."""
 
     def __init__(self, part: Part, dtype: torch.dtype, device: torch.device):
         self.part, self.dtype, self.device = unmapped(part, device), dtype, device
@@ -128,7 +136,7 @@ class Turns:
 
     def __call__(self, name: str) -> Tensor:
         """A tensor by its official name; those of no layer, and modulation, are made anew."""
-        layer = re.match(rf"{LAYERS[self.part.name]}\.(\d+)\.", name)
+        layer = re.match(rf"{LAYERS[self.part.name]}\.", name)
         if layer is None or MODULATION in name:
             return self.part.tensor(name, self.dtype, self.device)
         turn = f"{int(layer[1]) % 2} {name[layer.end() :]}"
@@ -160,23 +168,21 @@ class FileEmbedding(nn.Module):
 
 def streamed_encoder(part: Part, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A text encoder with two of its layers in memory at a time, and some rows of its table."""
-    module: Any = part.skeleton()
-    place, tables = LAYERS[part.name], TABLES[part.name]
-    layers = module.get_submodule(place)
-    for name in (place, *tables):
+    module, tables = part.skeleton(), TABLES[part.name]
+    layers = {n: m for n, m in module.named_modules() if re.fullmatch(LAYERS[part.name], n)}
+    for name in (*layers, *tables):
         module.set_submodule(name, nn.Identity())
     fill(module, {name: part.tensor(name, dtype, device) for name in module.state_dict()})
-
-    read = Turns(part, dtype, device)
     rows = FileEmbedding(part.tensors[f"{tables[0]}.weight"], dtype, device)
     for name in tables:
         module.set_submodule(name, rows)
 
-    row: Any = weakref.proxy(layers)  # which its own hooks would keep alive in a circle
+    read, names = Turns(part, dtype, device), list(layers)
+    places: Any = [weakref.ref(layer) for layer in layers.values()]  # or they live in a circle
 
     def filled(i: int) -> nn.Module:
-        layer, start = row[i], f"{place}.{i}."
-        return fill(layer, {name: read(start + name) for name in layer.state_dict()})
+        layer = places[i]()
+        return fill(layer, {name: read(f"{names[i]}.{name}") for name in layer.state_dict()})
 
     ahead = Ahead(filled, len(layers), device)
 
@@ -185,9 +191,10 @@ def streamed_encoder(part: Part, dtype: torch.dtype, device: torch.device) -> nn
 
     def end(layer: nn.Module, *_: Any) -> None:
         layer.to("meta")
+        trim()
 
-    for i, layer in enumerate(layers):
+    for i, (name, layer) in enumerate(layers.items()):
         layer.register_forward_pre_hook(partial(begin, i))
         layer.register_forward_hook(end)
-    module.set_submodule(place, layers)
+        module.set_submodule(name, layer)
     return module

@@ -31,7 +31,6 @@ class Int8Linear(nn.Module):
 
     weight: Tensor
     scale: Tensor
-    unit: Tensor
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -39,11 +38,10 @@ class Int8Linear(nn.Module):
         self.dtype = weight.dtype
         self.register_buffer("weight", (weight.float() * (127 / largest)).round().to(torch.int8))
         self.register_buffer("scale", (largest[:, 0] * (128 / 127)))
-        self.register_buffer("unit", torch.tensor(1 / 128, dtype=weight.dtype).to(weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, inputs] to […, outputs]; 128ths keep the sums of float16 within its range."""
-        made = F.linear(x.to(self.dtype), self.weight * self.unit)
+        made = F.linear(x.to(self.dtype) / 128, self.weight.to(self.dtype))
         return (made * self.scale).to(self.dtype)
 
 

@@ -1,0 +1,136 @@
+"""The plan of memory: what it says before anything is loaded is what is measured afterwards."""
+
+import math
+
+import files
+import pytest
+import small
+import torch
+
+import sd3min
+from sd3min import cli
+from sd3min.checkpoint import Checkpoint
+from sd3min.fast import plan as plans
+from sd3min.fast.t5 import LINEAR
+from sd3min.settings import check_call
+
+CPU = torch.device("cpu")
+SD3, T5 = "sd3_medium_incl_clips.safetensors", "text_encoders/t5xxl_fp16.safetensors"
+
+official = pytest.mark.skipif(not files.manifests(), reason="the official lists are not here")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    return small.save_official(small.pipeline(folder), folder / "whole.safetensors")
+
+
+def made(path, dtype=torch.bfloat16, device=CPU, t5=True, memory="resident", pictures=1, **given):
+    opened = Checkpoint.open(path)
+    *_, settings = check_call(opened.parts["mmdit"].config, opened.defaults, "", **given)
+    return plans.plan(opened, settings, dtype, device, t5, memory, pictures)
+
+
+def held(module):
+    tensors = [t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_are_counted_to_the_byte(dtype, whole):
+    found = {stage.title: stage for stage in made(whole, dtype).stages}
+    opened = Checkpoint.open(whole)
+    pipe = sd3min.load(whole, dtype=dtype, memory="resident")
+    for name, title in plans.TITLES.items():
+        stage = found[title]
+        part = pipe.stages("network") if name == "mmdit" else opened.load(name, dtype, CPU)
+        modules = [part.outer, *part.blocks] if name == "mmdit" else [part]
+        assert stage.weights + stage.mapped == sum(held(module) for module in modules)
+        if dtype == torch.float32 and name != "mmdit":  # as the file has it
+            assert stage.weights == (64 * 64 * 4 if name == "clip_l" else 0)
+        elif dtype != torch.float32:  # but for what stays in float32
+            wo = 2 * 320 * 128 * 4 if name == "t5" and dtype == torch.float16 else 0
+            assert stage.mapped == wo
+
+
+def test_eight_bits_take_a_byte_a_value(whole):
+    long, short = (made(whole, t5=kind).stages[2] for kind in (True, "int8"))
+    tensors = Checkpoint.open(whole).parts["t5"].tensors
+    linear = sum(math.prod(t.shape) for name, t in tensors.items() if LINEAR.search(name))
+    assert long.weights - short.weights == linear
+
+
+def test_stages_are_the_parts_that_are_loaded_in_that_order(whole):
+    assert [stage.title for stage in made(whole).stages] == [
+        "CLIP-L",
+        "CLIP-G",
+        "T5",
+        "MMDiT",
+        "autoencoder",
+    ]
+    assert "T5" not in str(made(whole, t5=False))
+
+
+def test_what_is_computed_grows_with_the_pictures(whole):
+    one, two, large = (
+        [stage.working for stage in made(whole, **given).stages]
+        for given in ({}, {"pictures": 2}, {"width": 128, "height": 96})
+    )
+    assert two == [2 * working for working in one]
+    assert large[:3] == one[:3] and large[3] > one[3] and large[4] == 4 * one[4]
+    unguided = made(whole, guidance_scale=1.0).stages
+    assert [stage.working for stage in unguided] == [*(w // 2 for w in one[:4]), one[4]]
+
+
+def test_a_plan_that_keeps_all_adds_up(whole):
+    kept, apart = made(whole, memory="fast"), made(whole)
+    assert kept.peak > apart.peak
+    total = sum(stage.weights for stage in kept.stages)
+    assert kept.peak == kept.program + total + max(stage.working for stage in kept.stages)
+
+
+def test_on_a_gpu_nothing_is_mapped_and_the_program_is_elsewhere(whole):
+    on_gpu = made(whole, torch.float32, torch.device("cuda"))
+    assert on_gpu.program == 0 and not any(stage.mapped for stage in on_gpu.stages)
+    assert on_gpu.stages[0].weights > 0
+
+
+def test_a_pipeline_tells_its_plan_and_loads_nothing(whole):
+    pipe = sd3min.load(whole, memory="stream", dtype="bfloat16")
+    assert pipe.plan().peak == made(whole, memory="stream").peak
+    many = pipe.plan(["a", "b"], num_images=2, width=128, height=96)
+    assert many == made(whole, memory="stream", pictures=4, width=128, height=96)
+    assert pipe.stages.held == {}
+
+
+def test_the_command_prints_every_plan_or_one(whole, capsys):
+    assert cli.main(["plan", str(whole), "--size", "128x96"]) == 0
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if " " not in line and line] == [
+        "fast",
+        "resident",
+        "stream",
+    ]
+    assert cli.main(["plan", str(whole), "--memory", "resident", "--t5", "int8"]) == 0
+    printed = capsys.readouterr().out
+    assert "T5" in printed and "int8, of F32" in printed and "stream" not in printed
+    assert cli.main(["plan", str(whole), "--no-t5", "--t5", "int8"]) == 2
+    assert cli.main(["plan", str(whole), "--memory", "small"]) == 2
+    assert "memory small is not one of fast, resident, stream" in capsys.readouterr().err
+
+
+@official
+def test_sd3_medium_fits_where_it_is_said_to(tmp_path):
+    clips = files.sparse(tmp_path / "clips", files.manifests()[SD3])
+    files.sparse(tmp_path / "t5", files.manifests()[T5])
+    size = {"width": 512, "height": 512}
+    peaks = {
+        memory: made(clips, t5=False, memory=memory, **size).peak
+        for memory in ("resident", "stream")
+    }
+    assert 3.0e9 < peaks["resident"] < 3.6e9
+    assert 1.0e9 < peaks["stream"] < 1.5e9
+    # and the network is 1.4 billion values without modulation, at two bytes
+    network = made(clips, t5=False, **size).stages[2]
+    assert network.weights == pytest.approx(2.83e9, rel=0.01)
