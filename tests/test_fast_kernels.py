@@ -135,6 +135,15 @@ class TestLoops:
         assert (whole != expected).float().mean() < 1e-2
         torch.testing.assert_close(scales, right, rtol=1e-6, atol=0)
 
+    @pytest.mark.parametrize("count", [1, 15, 16, 1000003])
+    def test_float16_becomes_bfloat16_as_pytorch_rounds(self, count):
+        halves = torch.randn(count).half() * 1000
+        ends = torch.tensor([6e-8, -6e-8, 65504.0, torch.inf, -torch.inf, -0.0]).half()
+        halves[: len(ends)] = ends[:count]
+        place = torch.empty(count, dtype=B)
+        kernels.put_(place, halves)
+        assert torch.equal(place, halves.to(B))
+
     def test_rescale(self):
         scales = random(3, 5, 1).float()
         compare(lambda y, bias: kernels.rescale_(y, scales, bias), random(3, 5, 96), random(96))

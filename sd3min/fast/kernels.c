@@ -107,6 +107,18 @@ int normalise_heads(bf16* qkv, const bf16* q_weight, const bf16* k_weight, long 
     return 0;
 }
 
+// float16 to bfloat16, in the thread that asks: it works beside those that compute.
+int shorten(bf16* out, const uint16_t* halves, long count) {
+    for (long i = 0; i + 16 <= count; i += 16)
+        store(out + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(halves + i))));
+    long left = count % 16, at = count - left;
+    uint16_t rest[16] = {0};
+    memcpy(rest, halves + at, left * 2);
+    store(rest, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)rest)));
+    memcpy(out + at, rest, left * 2);
+    return 0;
+}
+
 // ---- Rows of 8 bits ------------------------------------------------------------------------------
 
 // Every value minus, or plus, the one `step` places away: a stage of the Hadamard transform in 16.

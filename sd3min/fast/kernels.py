@@ -122,3 +122,11 @@ def rescale_(y: Tensor, scales: Float[Tensor, "... 1"], bias: Tensor) -> Tensor:
         return (y * scales + bias).to(bias.dtype)
     native.call("rescale", y, scales, bias, y.shape[:-1].numel(), y.shape[-1])
     return y
+
+
+def put_(place: Tensor, values: Tensor) -> None:
+    """place[:] = values, of any type; float16 to bfloat16 without the help of other threads."""
+    if values.dtype == torch.float16 and values.is_contiguous() and native.serves(place):
+        native.call("shorten", place, values, values.numel())
+    else:
+        place.copy_(values)

@@ -27,6 +27,7 @@ FUNCTIONS = {
     "add_gated": [Pointer] * 3 + [Whole] * 4,
     "gelu": [Pointer, Whole],
     "normalise_heads": [Pointer] * 3 + [Whole] * 2 + [Real],
+    "shorten": [Pointer] * 2 + [Whole],
     "quantise": [Pointer] * 3 + [Whole] * 2,
     "rescale": [Pointer] * 3 + [Whole] * 2,
     "attention": [Pointer] * 4 + [Whole] * 4 + [Real],

@@ -16,18 +16,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from sd3min.fast import kernels
 from sd3min.fast.blocks import MODULATION
 from sd3min.parts import Part, fill, kept_type
 from sd3min.stored import AnyStored, Joined, Stored
 
 M = TypeVar("M", bound=nn.Module)
 CPU = torch.device("cpu")
+PIECE = 1 << 17  # values that are converted at a time
 TYPES = {  # safetensors' names
     "F64": torch.float64,
     "F32": torch.float32,
@@ -100,21 +103,27 @@ def places(path: Path) -> dict[str, tuple[int, int]]:
     return {name: (8 + length + start, end - start) for name, (start, end) in spans.items()}
 
 
+def read_fully(file: FileIO, place: Tensor) -> None:
+    """Fill a tensor on the CPU with the bytes that come next."""
+    left = place.view(torch.uint8).numpy().data
+    while left and (more := file.readinto(left)):
+        left = left[more:]
+
+
 def unmapped(part: Part, device: torch.device) -> Part:
     """The same part, whose tensors are read into memory of their own: pinned, for a GPU."""
     spans = {path: places(path) for path in part.paths}
 
     def read_apart(stored: Stored) -> Stored:
-        start, count = spans[stored.path][stored.name]
+        start, _ = spans[stored.path][stored.name]
 
         def read(_: str) -> Tensor:
-            values = torch.empty(count, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            count, pinned = torch.Size(stored.shape).numel(), device.type == "cuda"
+            values = torch.empty(count, dtype=TYPES[stored.dtype], pin_memory=pinned)
             with stored.path.open("rb", buffering=0) as file:
                 file.seek(start)
-                left = values.numpy().data
-                while left and (more := file.readinto(left)):
-                    left = left[more:]
-            return values.view(TYPES[stored.dtype]).view(stored.shape)
+                read_fully(file, values)
+            return values.view(stored.shape)
 
         scale = stored.scale and read_apart(stored.scale)
         return replace(stored, reader=read, scale=scale)
@@ -132,6 +141,9 @@ class Turns:
 
     def __init__(self, part: Part, dtype: torch.dtype, device: torch.device):
         self.part, self.dtype, self.device = unmapped(part, device), dtype, device
+        self.starts = {
+            path: {name: start for name, (start, _) in places(path).items()} for path in part.paths
+        }
         self.places: dict[str, Tensor] = {}
 
     def __call__(self, name: str) -> Tensor:
@@ -144,8 +156,25 @@ class Turns:
         place = self.places.get(turn)
         if place is None or list(place.shape) != stored.shape:
             place = self.places[turn] = torch.empty(stored.shape, dtype=dtype, device=self.device)
-        joined = isinstance(stored, Joined)
-        return place.copy_(stored.load(dtype, CPU) if joined else stored.values())
+        if isinstance(stored, Joined):
+            return place.copy_(stored.load(dtype, CPU))
+        if stored.scale or self.device.type != "cpu":
+            return place.copy_(stored.values())
+        self.pour(stored, place.view(-1))
+        return place
+
+    def pour(self, stored: Stored, place: Tensor) -> None:
+        """Read a tensor to its place; what is to be converted goes through a piece of cache."""
+        kind = TYPES[stored.dtype]
+        with stored.path.open("rb", buffering=0) as file:
+            file.seek(self.starts[stored.path][stored.name])
+            if kind == place.dtype:
+                read_fully(file, place)
+                return
+            room = torch.empty(PIECE, dtype=kind)
+            for piece in place.split(PIECE):
+                read_fully(file, room[: len(piece)])
+                kernels.put_(piece, room[: len(piece)])
 
 
 class FileEmbedding(nn.Module):
