@@ -4,7 +4,7 @@ The modules are the plain ones of `mmdit` without those that make the modulation
 for a whole run at once.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from sd3min.mmdit import DualStream, Heads, JointBlock, LastContextStream, Strea
 AnyStream = Stream | LastContextStream
 Parts = Float[Tensor, "b _ d"]
 MODULATION = "adaLN_modulation"
-ROWS = 1024  # tokens that go through an MLP at a time, for the size of its hidden layer
+ROWS = 2048  # tokens that go through an MLP at a time, for the size of its hidden layer
 
 
 def qkv(attn: Heads, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d3"]:
@@ -42,11 +42,19 @@ def closed(
         tokens = kernels.add_gated_(tokens, parts[:, 8], own)
     tokens = kernels.add_gated_(tokens, parts[:, 2], stream.attn.proj(attended))
     fc1, _, fc2 = stream.mlp
-    for own_tokens, own_parts in zip(tokens.split(1), parts.split(1), strict=True):
-        for rows in own_tokens.split(ROWS, dim=1):
-            hidden = fc1(kernels.modulate(rows, own_parts[:, 3], own_parts[:, 4]))
-            kernels.add_gated_(rows, own_parts[:, 5], fc2(kernels.gelu_(hidden)))
+    for rows, own in pieces(tokens, parts):
+        hidden = kernels.gelu_(fc1(kernels.modulate(rows, own[:, 3], own[:, 4])))
+        kernels.add_gated_(rows, own[:, 5], fc2(hidden))
     return tokens
+
+
+def pieces(tokens: Tensor, parts: Parts) -> Iterator[tuple[Tensor, Parts]]:
+    """All tokens, or of more than `ROWS` a picture's at a time, `ROWS` by `ROWS`."""
+    if tokens.shape[:2].numel() <= ROWS:
+        yield tokens, parts
+        return
+    for own_tokens, own_parts in zip(tokens.split(1), parts.split(1), strict=True):
+        yield from ((rows, own_parts) for rows in own_tokens.split(ROWS, dim=1))
 
 
 class FastBlock(nn.Module):

@@ -30,7 +30,7 @@ from sd3min.stored import AnyStored, Joined, Stored
 
 M = TypeVar("M", bound=nn.Module)
 CPU = torch.device("cpu")
-PIECE = 1 << 17  # values that are converted at a time
+PIECE = 1 << 18  # values that are converted at a time
 TYPES = {  # safetensors' names
     "F64": torch.float64,
     "F32": torch.float32,
