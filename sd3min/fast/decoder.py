@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, reduce
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -31,15 +31,16 @@ TAPS = [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]
 
 
 class Map:
-    """A feature map in memory, channels last, and its channels' statistics.
-
-    Each strip is written once; the statistics are complete when all are.
+    """A feature map in memory, channels last, written strip by strip; meanwhile the mean and the
+    variance of each channel are gathered, in float32 or, for a map of float64, in float64.
     """
 
     def __init__(self, values: Features):
         self.values = values
         self.height, self.width = values.shape[2:]
-        self.written: list[tuple[int, Tensor, Tensor]] = []
+        exact = torch.promote_types(values.dtype, torch.float32)
+        self.mean, self.variance = values.new_zeros(2, values.shape[1], dtype=exact)
+        self.rows = 0  # that the two speak of
 
     @classmethod
     def empty(cls, bias: Float[Tensor, " d"], height: int, width: int) -> "Map":
@@ -52,21 +53,22 @@ class Map:
         return self.values[:, :, top:bottom]
 
     def wrote(self, top: int, bottom: int) -> None:
-        """Take rows that were written into account, in float32, or float64 for a map of float64."""
-        rows = self.strip(top, bottom)
-        exact = torch.promote_types(rows.dtype, torch.float32)
-        unused = torch.zeros(2, rows.shape[1], dtype=exact, device=rows.device)
-        self.written.append((bottom - top, *torch.batch_norm_update_stats(rows, *unused, 0.0)))
+        """Take rows that now have their values into account."""
+        unused = torch.zeros_like(self.mean), torch.ones_like(self.mean)
+        mean, variance = torch.batch_norm_update_stats(self.strip(top, bottom), *unused, 0.0)
+        self.rows += bottom - top
+        share, offset = (bottom - top) / self.rows, mean - self.mean
+        self.mean += share * offset
+        self.variance += share * (variance - self.variance + (1 - share) * offset**2)
 
     def statistics(self, groups: int) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
-        """Mean and variance over the whole map of the group that each channel belongs to."""
-        rows, *parts = zip(*self.written, strict=True)
-        means, variances = (rearrange(torch.stack(p), "s (g d) -> s g d", g=groups) for p in parts)
-        weights = torch.tensor(rows).to(means)[:, None, None] / (self.height * means.shape[2])
-        mean = reduce(weights * means, "s g d -> g 1", "sum")
-        variance = reduce(weights * (variances + (means - mean) ** 2), "s g d -> g 1", "sum")
-        each = means.shape[2]
-        return mean.expand(-1, each).flatten(), variance.expand(-1, each).flatten()
+        """Mean and variance of the group that each channel belongs to."""
+        means, variances = (
+            rearrange(part, "(g d) -> g d", g=groups) for part in (self.mean, self.variance)
+        )
+        mean = means.mean(dim=1, keepdim=True)
+        variance = (variances + (means - mean) ** 2).mean(dim=1, keepdim=True)
+        return mean.expand_as(means).flatten(), variance.expand_as(means).flatten()
 
 
 def strips(height: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -113,13 +115,16 @@ def linear(conv: nn.Conv2d, places: Float[Tensor, "... d"]) -> Float[Tensor, "..
     return F.linear(places, conv.weight.flatten(1), conv.bias)
 
 
-def attend(attention: SelfAttention, x: Map) -> Map:
+def attend(attention: SelfAttention, x: Map, rows: int) -> Map:
     """Attention among all places, in place."""
-    places = rearrange(attention.norm(x.values), "1 d h w -> 1 1 (h w) d")
-    q, k, v = (linear(part, places) for part in (attention.q, attention.k, attention.v))
-    outcome = linear(attention.proj_out, F.scaled_dot_product_attention(q, k, v))
-    out = Map(x.values.add_(rearrange(outcome, "1 1 (h w) d -> 1 d h w", h=x.height)))
-    out.wrote(0, out.height)
+    normed = rearrange(attention.norm(x.values), "1 d h w -> 1 1 h w d")
+    k, v = (linear(part, normed.flatten(2, 3)) for part in (attention.k, attention.v))
+    out = Map(x.values)
+    for top, bottom in strips(x.height, rows):
+        q = linear(attention.q, normed[:, :, top:bottom].flatten(2, 3))
+        strip = linear(attention.proj_out, F.scaled_dot_product_attention(q, k, v))
+        out.strip(top, bottom).add_(rearrange(strip, "1 1 (h w) d -> 1 d h w", w=x.width))
+        out.wrote(top, bottom)
     return out
 
 
@@ -186,5 +191,5 @@ class FastDecoder(nn.Module):
         """The map at the latents' size."""
         x = Map(self.conv_in(latents.contiguous(memory_format=torch.channels_last)))
         x.wrote(0, x.height)
-        x = attend(self.mid.attn_1, residual(self.mid.block_1, x, rows))
+        x = attend(self.mid.attn_1, residual(self.mid.block_1, x, rows), rows)
         return residual(self.mid.block_2, x, rows)
