@@ -110,6 +110,13 @@ def test_what_decides_the_embedding_is_told_apart(make, encoders, loads, call):
         assert len(loads) == count
 
 
+def test_other_encoders_are_told_apart_by_their_key(make, opened, loads):
+    make().encode([SHORT])
+    short = opened.load_text_encoders(torch.bfloat16, torch.device("cpu"))
+    assert_same(make("b", encoders=short).encode([SHORT]), alone(short, [SHORT]))
+    assert len(loads) == 2
+
+
 def test_what_does_not_decide_it_is_not(make, loads):
     make().encode([SHORT])
     make().encode([SHORT], 16, "omit", replace(DIFFUSERS, name="mine", steps=3))
