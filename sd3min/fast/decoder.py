@@ -2,109 +2,105 @@
 
 The same function as `autoencoder.Decoder`, with the same weights, by four means:
 
-- maps lie in memory place by place, all channels of a place together, as the processor's
+- strips lie in memory place by place, all channels of a place together, as the processor's
   convolutions want them;
-- every layer runs over strips of rows that stay in its caches, and a block's outcome takes the
-  place of what lies between its convolutions;
+- a layer takes a map's strips one by one and leaves nothing of them behind, so that a map and what
+  becomes of it are never both whole, and what is worked on stays in the caches;
 - what a group normalisation needs to know of the whole map, the mean and variance of each channel,
-  is gathered while the map is written;
+  is gathered while the map grows;
 - a 3×3 convolution after every place was repeated four times is four 2×2 convolutions of the small
   map, one for each place of a block of four: less than half of the products.
 """
 
 import copy
-from collections.abc import Iterator
+import ctypes
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, reduce
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sd3min.autoencoder import Decoder, Images, Latents, ResidualBlock, SelfAttention
 
-Features = Float[Tensor, "1 d h w"]
-Strip = Float[Tensor, "1 d rows w"]
+Strip = Float[Tensor, "1 d _ w"]  # of any number of rows
 
 TAPS = [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]
 """Rows of a kernel that meet the same row of the small map: [row of the block, small row, row]."""
 
 
 class Map:
-    """A feature map in memory, channels last, and its channels' statistics.
-
-    Each strip is written once; the statistics are complete when all are.
+    """A feature map: its strips from above to below, and the mean and variance of its channels, in
+    float32 or, for strips of float64, in float64.
     """
 
-    def __init__(self, values: Features):
-        self.values = values
-        self.height, self.width = values.shape[2:]
-        self.written: list[tuple[int, Tensor, Tensor]] = []
+    def __init__(self, strips: Iterable[Strip] = ()):
+        self.strips: list[Strip] = []
+        self.rows, self.mean, self.variance = 0, torch.zeros(()), torch.zeros(())
+        for strip in strips:
+            self.append(strip)
 
-    @classmethod
-    def empty(cls, bias: Float[Tensor, " d"], height: int, width: int) -> "Map":
-        """Room for what a convolution with this bias gives."""
-        layout = {"dtype": bias.dtype, "device": bias.device, "memory_format": torch.channels_last}
-        return cls(torch.empty(1, len(bias), height, width, **layout))
+    def append(self, strip: Strip) -> None:
+        """Let the map grow by a strip."""
+        exact = torch.promote_types(strip.dtype, torch.float32)
+        unused, unused_too = strip.new_zeros(2, strip.shape[1], dtype=exact)
+        mean, variance = torch.batch_norm_update_stats(strip, unused, unused_too, 0.0)
+        self.strips.append(strip)
+        self.rows += strip.shape[2]
+        share, offset = strip.shape[2] / self.rows, mean - self.mean
+        self.mean = self.mean + share * offset
+        change = variance - self.variance + (1 - share) * offset**2
+        self.variance = self.variance + share * change
 
-    def strip(self, top: int, bottom: int) -> Strip:
-        """Rows from `top` to before `bottom`."""
-        return self.values[:, :, top:bottom]
-
-    def wrote(self, top: int, bottom: int) -> None:
-        """Take rows that were written into account, in float32, or float64 for a map of float64."""
-        rows = self.strip(top, bottom)
-        exact = torch.promote_types(rows.dtype, torch.float32)
-        unused = torch.zeros(2, rows.shape[1], dtype=exact, device=rows.device)
-        self.written.append((bottom - top, *torch.batch_norm_update_stats(rows, *unused, 0.0)))
-
-    def statistics(self, groups: int) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
-        """Mean and variance over the whole map of the group that each channel belongs to."""
-        rows, *parts = zip(*self.written, strict=True)
-        means, variances = (rearrange(torch.stack(p), "s (g d) -> s g d", g=groups) for p in parts)
-        weights = torch.tensor(rows).to(means)[:, None, None] / (self.height * means.shape[2])
-        mean = reduce(weights * means, "s g d -> g 1", "sum")
-        variance = reduce(weights * (variances + (means - mean) ** 2), "s g d -> g 1", "sum")
-        each = means.shape[2]
-        return mean.expand(-1, each).flatten(), variance.expand(-1, each).flatten()
-
-
-def strips(height: int, rows: int) -> Iterator[tuple[int, int]]:
-    """First row of each strip, and the row after its last."""
-    return ((top, min(top + rows, height)) for top in range(0, height, rows))
+    def normalisation(self, norm: nn.GroupNorm) -> Callable[[Strip], Strip]:
+        """What a group normalisation of the whole map does to a part of it: since mean and variance
+        are known, a batch normalisation at rest.
+        """
+        means, variances = (
+            rearrange(part, "(g d) -> g d", g=norm.num_groups)
+            for part in (self.mean, self.variance)
+        )
+        mean = means.mean(dim=1, keepdim=True)
+        variance = (variances + (means - mean) ** 2).mean(dim=1, keepdim=True)
+        mean, variance = (part.expand_as(means).flatten() for part in (mean, variance))
+        weight, bias = norm.weight.to(mean), norm.bias.to(mean)
+        return lambda strip: F.batch_norm(strip, mean, variance, weight, bias, eps=norm.eps)
 
 
-def convolved(
-    norm: nn.GroupNorm, conv: nn.Conv2d, x: Map, rows: int
-) -> Iterator[tuple[int, int, Strip]]:
-    """First row, row after the last and outcome, after normalisation, SiLU and 3×3 convolution, of
-    each strip, over whose rows of `x` the caller may write.
-
-    A group normalisation whose mean and variance are known is a batch normalisation at rest.
+def framed(strips: list[Strip], do: Callable[[Strip], Strip]) -> Iterator[tuple[Strip, Strip]]:
+    """Each strip, taken off the list, and what `do` makes of it and of the next row on either side,
+    or zeros beyond the edge.
     """
-    mean, variance = x.statistics(norm.num_groups)
-    given = {"weight": norm.weight.to(mean), "bias": norm.bias.to(mean), "eps": norm.eps}
-    edge = torch.zeros_like(x.strip(0, 1))
-    before, done = edge, 0  # activated rows that the next strip begins with, and how many are done
-    for top, bottom in strips(x.height, rows):
-        until = min(bottom + 1, x.height)
-        new = F.silu(F.batch_norm(x.strip(done, until), mean, variance, **given), inplace=True)
-        activated = torch.cat([before, new] + [edge] * (bottom == x.height), dim=2)
-        before, done = activated[:, :, -2:].clone(), until
-        yield top, bottom, F.conv2d(activated, conv.weight, conv.bias, padding=(0, 1))
+    edge = torch.zeros_like(strips[0][:, :, :1])
+    above = edge
+    while strips:
+        strip = strips.pop(0)
+        below = do(strips[0][:, :, :1]) if strips else edge
+        frame = torch.cat([above, do(strip), below], dim=2)
+        above = frame[:, :, -2:-1].clone()
+        yield strip, frame
 
 
-def residual(block: ResidualBlock, x: Map, rows: int) -> Map:
-    """A residual block, in the room of what lies between its convolutions."""
-    hidden = Map.empty(block.conv1.bias, x.height, x.width)
-    for top, bottom, strip in convolved(block.norm1, block.conv1, x, rows):
-        hidden.strip(top, bottom).copy_(strip)
-        hidden.wrote(top, bottom)
-    out = Map(hidden.values)
-    for top, bottom, strip in convolved(block.norm2, block.conv2, hidden, rows):
-        shortcut = block.nin_shortcut(x.strip(top, bottom))
-        torch.add(shortcut, strip, out=out.strip(top, bottom))
-        out.wrote(top, bottom)
+def convolved(norm: nn.GroupNorm, conv: nn.Conv2d, x: Map) -> Iterator[tuple[Strip, Strip]]:
+    """Each strip, which the map no longer holds, and what normalisation, SiLU and a 3×3 convolution
+    make of it.
+    """
+    normed = x.normalisation(norm)
+    for strip, frame in framed(x.strips, lambda strip: F.silu(normed(strip), inplace=True)):
+        yield strip, F.conv2d(frame, conv.weight, conv.bias, padding=(0, 1))
+
+
+def residual(block: ResidualBlock, x: Map) -> Map:
+    """A residual block, in place of its input or of its shortcut."""
+    shortcuts, hidden, out = [], Map(), Map()
+    for strip, outcome in convolved(block.norm1, block.conv1, x):
+        hidden.append(outcome)
+        shortcuts.append(block.nin_shortcut(strip))
+    for _, outcome in convolved(block.norm2, block.conv2, hidden):
+        out.append(shortcuts.pop(0).add_(outcome))
     return out
 
 
@@ -114,12 +110,18 @@ def linear(conv: nn.Conv2d, places: Float[Tensor, "... d"]) -> Float[Tensor, "..
 
 
 def attend(attention: SelfAttention, x: Map) -> Map:
-    """Attention among all places, in place."""
-    places = rearrange(attention.norm(x.values), "1 d h w -> 1 1 (h w) d")
-    q, k, v = (linear(part, places) for part in (attention.q, attention.k, attention.v))
-    outcome = linear(attention.proj_out, F.scaled_dot_product_attention(q, k, v))
-    out = Map(x.values.add_(rearrange(outcome, "1 1 (h w) d -> 1 d h w", h=x.height)))
-    out.wrote(0, out.height)
+    """Attention among all places, in place of its input."""
+    normed = x.normalisation(attention.norm)
+    places = [rearrange(normed(strip), "1 d h w -> 1 1 (h w) d") for strip in x.strips]
+    k, v = (
+        torch.cat([linear(part, some) for some in places], dim=2)
+        for part in (attention.k, attention.v)
+    )
+    out = Map()
+    for strip, some in zip(x.strips, places, strict=True):
+        attended = F.scaled_dot_product_attention(linear(attention.q, some), k, v)
+        rows = linear(attention.proj_out, attended)
+        out.append(strip.add_(rearrange(rows, "1 1 (h w) d -> 1 d h w", w=strip.shape[3])))
     return out
 
 
@@ -132,22 +134,26 @@ class Upsample(nn.Module):
         kernels = einsum(conv.weight.double(), taps, taps, "o i y x, a p y, b q x -> a b o p q i")
         kernels = kernels.contiguous().to(conv.weight.dtype)
         self.weight = nn.Parameter(rearrange(kernels, "a b o p q i -> a b o i p q"), False)
-        self.bias = conv.bias
+        self.bias, self.width = conv.bias, conv.out_channels
 
-    def forward(self, small: Map, rows: int) -> Map:
-        """A map of twice the size."""
-        large = Map.empty(self.bias, 2 * small.height, 2 * small.width)
-        for top, bottom in strips(small.height, rows):
-            near = small.strip(max(top - 1, 0), bottom + 1)
-            if top == 0 or bottom == small.height:
-                near = F.pad(near, (0, 0, top == 0, bottom == small.height))
-            blocks = large.strip(2 * top, 2 * bottom)
+    def forward(self, x: Map) -> Map:
+        """A map of twice the size, in strips of twice the rows."""
+        large = Map()
+        for strip, frame in framed(x.strips, lambda strip: strip):
+            rows, w = strip.shape[2:]
+            blocks = strip.new_empty(1, 2 * rows, 2 * w, self.width).permute(0, 3, 1, 2)
             for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
-                around = near[:, :, a : a + bottom - top + 1]
-                places = F.conv2d(around, self.weight[a, b], self.bias, padding=(0, 1))
-                blocks[:, :, a::2, b::2] = places[..., b : b + small.width]
-            large.wrote(2 * top, 2 * bottom)
+                near = frame[:, :, a : a + rows + 1]
+                places = F.conv2d(near, self.weight[a, b], self.bias, padding=(0, 1))
+                blocks[:, :, a::2, b::2] = places[..., b : b + w]
+            large.append(blocks)
         return large
+
+
+def trim() -> None:
+    """Hand freed memory back to the system, which glibc would keep between what is in use."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class FastDecoder(nn.Module):
@@ -155,36 +161,38 @@ class FastDecoder(nn.Module):
 
     def __init__(self, decoder: Decoder):
         super().__init__()
-        decoder = copy.deepcopy(decoder).to(memory_format=torch.channels_last)
-        self.conv_in, self.mid = decoder.conv_in, decoder.mid
-        self.up = decoder.up
-        for level in decoder.up[1:]:
+        own: Any = copy.deepcopy(decoder)
+        own.to(memory_format=torch.channels_last)
+        for level in own.up[1:]:
             level.upsample = Upsample(level.upsample.conv)
-        self.norm_out, self.conv_out = decoder.norm_out, decoder.conv_out
+        self.conv_in, self.mid, self.up = own.conv_in, own.mid, own.up
+        self.norm_out, self.conv_out = own.norm_out, own.conv_out
 
     @torch.no_grad()
-    def forward(self, latents: Latents, rows: int | None = 32) -> Images:
+    def forward(self, latents: Latents, rows: int | None = 8) -> Images:
         """Latents, neither scaled nor shifted, to pictures in −1 to 1, one after the other.
 
-        `rows`: of every map, worked on at a time; None for all.
+        `rows`: of latents, worked on at a time; None for all.
         """
-        rows = rows or 8 * latents.shape[2]
-        return torch.cat([self.picture(one, rows) for one in latents.split(1)])
+        return torch.cat([self.picture(one, rows or one.shape[2]) for one in latents.split(1)])
 
     def picture(self, latents: Float[Tensor, "1 c h w"], rows: int) -> Float[Tensor, "1 3 H W"]:
         """One picture."""
-        x = self.smallest(latents, rows)
+        x = self.middle(latents, rows)
+        level: Any
         for level in reversed(self.up):
             for block in level.block:
-                x = residual(block, x, rows)
+                x = residual(block, x)
+                trim()
             if hasattr(level, "upsample"):
-                x = level.upsample(x, rows)
-        last = convolved(self.norm_out, self.conv_out, x, rows)
-        return torch.cat([strip for _, _, strip in last], dim=2).contiguous()
+                x = level.upsample(x)
+                trim()
+        strips = [strip for _, strip in convolved(self.norm_out, self.conv_out, x)]
+        return torch.cat(strips, dim=2).contiguous()
 
-    def smallest(self, latents: Float[Tensor, "1 c h w"], rows: int) -> Map:
-        """The map at the latents' size."""
-        x = Map(self.conv_in(latents.contiguous(memory_format=torch.channels_last)))
-        x.wrote(0, x.height)
-        x = attend(self.mid.attn_1, residual(self.mid.block_1, x, rows))
-        return residual(self.mid.block_2, x, rows)
+    def middle(self, latents: Float[Tensor, "1 c h w"], rows: int) -> Map:
+        """The blocks at the smallest size."""
+        mid: Any = self.mid
+        hidden = self.conv_in(latents.contiguous(memory_format=torch.channels_last))
+        x = residual(mid.block_1, Map(hidden.split(rows, dim=2)))
+        return residual(mid.block_2, attend(mid.attn_1, x))
