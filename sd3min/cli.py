@@ -152,13 +152,17 @@ def run_plan(arguments: argparse.Namespace) -> None:
     opened = checkpoint.Checkpoint.open(arguments.path or None, wanted=names)
     plans = (arguments.memory,) if arguments.memory else MEMORY
     for memory in plans:
-        loading.check(opened, t5 if memory != "stream" or arguments.memory else bool(t5), memory)
+        if arguments.memory is None and memory == "stream":  # which has no parts of 8 bits
+            loading.check(opened, bool(t5), memory)
+        else:
+            loading.check(opened, t5, memory, arguments.mmdit)
     placed = opened.placement(arguments.device, arguments.dtype)
     width, height = arguments.size or (None, None)
-    config, call = opened.parts["mmdit"].config, {"num_images": arguments.num_images}
-    *_, settings = check_call(config, opened.defaults, "", width=width, height=height, **call)
+    config, count = opened.parts["mmdit"].config, arguments.num_images
+    call = {"width": width, "height": height, "num_images": count}
+    *_, settings = check_call(config, opened.defaults, "", **call)
     tables = [
-        f"{memory}\n{plan(opened, settings, *placed, t5, memory, arguments.num_images)}"
+        f"{memory}\n{plan(opened, settings, *placed, t5, memory, count, arguments.mmdit)}"
         for memory in plans
     ]
     print("\n\n".join(tables))

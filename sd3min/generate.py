@@ -45,6 +45,8 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     tokenizers = "holds tokenizer, tokenizer_2, tokenizer_3 (default: beside the weights)"
     add("--tokenizers", type=Path, metavar="FOLDER", help=tokenizers)
     add_placement(parser)
+    folder = "keep prompts' embeddings, so that the next run of a prompt loads no text encoder"
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help=folder)
 
 
 def add_placement(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +57,7 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     t5.add_argument("--t5", metavar="KIND", help=kinds)
     plans = "one part at a time (resident), two layers at a time (stream), or all, quick (fast)"
     parser.add_argument("--memory", metavar="PLAN", help=plans)
+    parser.add_argument("--mmdit", metavar="KIND", help="int8: linear layers in eight bits")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16")
     parser.add_argument("--device", help="cpu, cuda, …")
 
@@ -174,7 +177,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
     check_call(opened.parts["mmdit"].config, opened.defaults, **call)
     if record:
         check_origin(record, arguments, opened)
-    pipe = loading.assemble(opened, arguments.device, dtype, t5, arguments.memory)
+    how = arguments.memory, arguments.mmdit, arguments.cache
+    pipe = loading.assemble(opened, arguments.device, dtype, t5, *how)
     for image, path in zip(pipe(**call, progress=sys.stderr.isatty()), paths, strict=True):
         pipeline.save(image, path)
         print(path)

@@ -1,5 +1,7 @@
 """The whole model from its files, within the memory there is."""
 
+from pathlib import Path
+
 import torch
 
 from sd3min import checkpoint, pipeline
@@ -18,6 +20,8 @@ def load(
     dtype: str | torch.dtype | None = None,
     t5: bool | str = True,
     memory: str | None = None,
+    mmdit: str | None = None,
+    cache: str | Path | None = None,
 ) -> Pipeline:
     """A pipeline from an official file, a folder of such files or a diffusers folder, or a name on
     the hub such as stabilityai/stable-diffusion-3-medium-diffusers; from the shipped sd3-tiny
@@ -30,12 +34,14 @@ def load(
     on a CPU and the stored type on a GPU. `t5=False` goes without T5, with zeros in its place;
     "int8" and "bnb", bitsandbytes', keep it in eight bits, and "fp8" as a file in fp8 has it.
     `memory`: "fast" keeps all parts and speeds the network up, "resident" keeps one part at a time,
-    "stream" two layers of it; without it the parts are the plain modules. Raises Refusal where a
-    file does not fit, and says which tensors.
+    "stream" two layers of it; without it the parts are the plain modules. `mmdit="int8"` computes
+    the network's linear layers in eight bits, and `cache` names a folder for prompts' embeddings,
+    so that a prompt's second run loads no text encoder: both under a plan of memory. Raises Refusal
+    where a file does not fit, and says which tensors.
     """
     names = checkpoint.part_names(bool(t5))
     opened = checkpoint.Checkpoint.open(path, text_encoders, tokenizers, names)
-    return assemble(opened, device, dtype, t5, memory)
+    return assemble(opened, device, dtype, t5, memory, mmdit, cache)
 
 
 def assemble(
@@ -44,12 +50,14 @@ def assemble(
     dtype: str | torch.dtype | None = None,
     t5: bool | str = True,
     memory: str | None = None,
+    mmdit: str | None = None,
+    cache: str | Path | None = None,
 ) -> Pipeline:
     """A pipeline from opened files."""
-    check(opened, t5, memory)
+    check(opened, t5, memory, mmdit, cache)
     chosen, place = opened.placement(device, dtype)
     if memory is not None:
-        return StagedPipeline(opened, chosen, place, t5, memory)
+        return StagedPipeline(opened, chosen, place, t5, memory, mmdit, cache)
     pipe = pipeline.assemble(opened, place, chosen, t5 is True)
     if isinstance(t5, str):
         pipe.text_encoders.t5 = load_t5(opened.parts["t5"], chosen, place, t5)
@@ -58,10 +66,23 @@ def assemble(
     return pipe
 
 
-def check(opened: checkpoint.Checkpoint, t5: bool | str, memory: str | None) -> None:
+def check(
+    opened: checkpoint.Checkpoint,
+    t5: bool | str = True,
+    memory: str | None = None,
+    mmdit: str | None = None,
+    cache: str | Path | None = None,
+) -> None:
     """Refuse plans that there are not, and files that do not fit."""
     if memory not in (None, *MEMORY):
         raise Refusal(f"memory {memory} is not one of {', '.join(MEMORY)}")
+    if mmdit not in (None, "int8"):
+        raise Refusal(f"mmdit {mmdit} is not int8: leave it out for the working type")
+    if mmdit and memory not in ("fast", "resident"):
+        raise Refusal(f"mmdit {mmdit} is for a network made for runs: pass memory fast or resident")
+    if cache and memory is None:
+        plans = ", ".join(MEMORY)
+        raise Refusal(f"cache {cache} is for encoders loaded when needed: pass memory {plans}")
     opened.require(checkpoint.part_names(bool(t5)))
     if isinstance(t5, str):
         check_t5(opened.parts["t5"], t5)

@@ -13,8 +13,6 @@ The same function as `autoencoder.Decoder`, with the same weights, by four means
 """
 
 import copy
-import ctypes
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -25,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sd3min.autoencoder import Decoder, Images, Latents, ResidualBlock, SelfAttention
+from sd3min.fast.native import trim
 
 Strip = Float[Tensor, "1 d _ w"]  # of any number of rows
 
@@ -148,12 +147,6 @@ class Upsample(nn.Module):
                 blocks[:, :, a::2, b::2] = places[..., b : b + w]
             large.append(blocks)
         return large
-
-
-def trim() -> None:
-    """Hand freed memory back to the system, which glibc would keep between what is in use."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class FastDecoder(nn.Module):

@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -96,3 +97,9 @@ def call(name: str, *arguments: Tensor | int | float) -> None:
     values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     if getattr(library(), name)(*values):
         raise MemoryError(f"there is no memory for {name}")
+
+
+def trim() -> None:
+    """Hand freed memory back to the system, which glibc would keep between what is in use."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -17,13 +17,22 @@ from sd3min.stored import Stored
 
 PROCESS = 300_000_000  # bytes that Python and its libraries take, measured on Linux
 HEAD = ("stage", "weights", "mapped", "working", "type", "weights are")
+STRIPS = 2.5  # of the widest channels at full size, when it decodes in strips, measured
 MAPS = 6  # of the widest channels at full size that decoding holds at once, measured
+RUNS = ("for runs", "int8 for runs")
 WAYS = {
     "plain": "whole",
     "for runs": "whole, without modulation",
+    "int8 for runs": "in 8 bits, without modulation",
+    "strips": "whole, and decode in strips",
     "streamed": "two layers at a time",
 }
-KEPT = {"int8": torch.int8, "bnb": torch.int8, "fp8": torch.float8_e4m3fn}
+KEPT = {
+    "int8 for runs": torch.int8,
+    "int8": torch.int8,
+    "bnb": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
 TOKENS = 8  # times the width that a token takes in a block: itself, q k v, and twice what follows
 
 
@@ -85,15 +94,16 @@ def plan(
     t5: bool | str = True,
     memory: str | None = None,
     pictures: int = 1,
+    mmdit: str | None = None,
 ) -> Plan:
     """What will be in memory, the CPU's or that of another device, while pictures are made."""
     batch = pictures * (2 if settings.guidance_scale > 1 else 1)
     order = [name for name in (*TOKENIZERS, "mmdit", "autoencoder") if name in part_names(bool(t5))]
     stages = []
     for name in order:
-        part, how = opened.parts[name], way(name, t5, memory)
+        part, how = opened.parts[name], way(name, t5, memory, mmdit)
         own, mapped = held(part, dtype, device, how)
-        work = working(part, settings, pictures if name == "autoencoder" else batch)
+        work = working(part, settings, pictures if name == "autoencoder" else batch, how)
         stored = "+".join(sorted({tensor.dtype for tensor in part.tensors.values()}))
         typed = str(dtype).removeprefix("torch.")
         source = f"{WAYS.get(how, how)}, of {stored}"
@@ -101,13 +111,17 @@ def plan(
     return Plan(tuple(stages), memory in (None, "fast"), PROCESS * (device.type == "cpu"))
 
 
-def way(name: str, t5: bool | str, memory: str | None) -> str:
-    """How a part is held: "plain", "for runs" or "streamed", or a kind of eight bits."""
-    if memory == "stream" and name != "autoencoder":
+def way(name: str, t5: bool | str, memory: str | None, mmdit: str | None = None) -> str:
+    """How a part is held: "plain", one of `WAYS`, or a kind of eight bits."""
+    if memory and name == "autoencoder":
+        return "strips"
+    if memory == "stream":
         return "streamed"
     if name == "t5" and isinstance(t5, str):
         return t5
-    return "for runs" if name == "mmdit" and memory else "plain"
+    if name == "mmdit" and memory:
+        return "int8 for runs" if mmdit else "for runs"
+    return "plain"
 
 
 def held(part: Part, dtype: torch.dtype, device: torch.device, how: str) -> tuple[int, int]:
@@ -116,9 +130,8 @@ def held(part: Part, dtype: torch.dtype, device: torch.device, how: str) -> tupl
     own, mapped, layers = 0, 0, Counter[tuple[str, str]]()
     for name, shape in shapes.items():
         layer = re.match(LAYERS.get(part.name, "no layer") + r"\.", name)
-        kept = (
-            KEPT.get(how, kept_type(name, dtype)) if LINEAR.search(name) else kept_type(name, dtype)
-        )
+        eight = layer and len(shape) == 2 if part.name == "mmdit" else LINEAR.search(name)
+        kept = KEPT[how] if how in KEPT and eight else kept_type(name, dtype)
         count = shape.numel() * kept.itemsize
         if name == DERIVED["t5"] or (layer and how != "plain" and MODULATION in name):
             continue  # another name of a table; what is read when it is needed
@@ -126,7 +139,7 @@ def held(part: Part, dtype: torch.dtype, device: torch.device, how: str) -> tupl
             layers[layer[0], layer[1]] += count
         elif how == "streamed" and name.removesuffix(".weight") in TABLES.get(part.name, ()):
             continue  # looked up in the file
-        elif fits(part, name, kept, device) and not (layer and how == "for runs"):
+        elif fits(part, name, kept, device) and not (layer and how in RUNS):
             mapped += count
         else:
             own += count
@@ -143,9 +156,11 @@ def fits(part: Part, name: str, kept: torch.dtype, device: torch.device) -> bool
     return as_it_is and device.type == "cpu"
 
 
-def working(part: Part, settings: Settings, batch: int) -> int:
+def working(part: Part, settings: Settings, batch: int, how: str) -> int:
     """How many values are there at once while a batch is computed, besides the weights."""
     config, pixels = part.config, settings.width * settings.height
+    if how == "strips":  # one picture after the other
+        return int(STRIPS * pixels * config.widths[1])
     if part.name == "autoencoder":
         return MAPS * batch * pixels * config.widths[1]
     if part.name == "mmdit":

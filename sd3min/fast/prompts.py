@@ -139,12 +139,13 @@ class CachedEncoders:
         folder: str | Path,
         dtype: torch.dtype,
         device: str | torch.device = "cpu",
-        t5: bool = True,
+        t5: bool | str = True,
+        load: Callable[[], TextEncoders] | None = None,
     ) -> "CachedEncoders":
-        """A cache for the encoders of opened files."""
-        load = partial(opened.load_text_encoders, dtype, torch.device(device), t5)
+        """A cache for the encoders of opened files, which `load` may load in its own way."""
+        load = load or partial(opened.load_text_encoders, dtype, torch.device(device), bool(t5))
         lengths = opened.defaults.t5_length, opened.parts["clip_l"].config.length
-        return cls(load, folder, encoders_key(opened, dtype, t5), t5, *lengths, device)
+        return cls(load, folder, encoders_key(opened, dtype, t5), bool(t5), *lengths, device)
 
     def encode(
         self,

@@ -8,7 +8,9 @@ time, or two layers.
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache as once
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +18,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sd3min import flow
+from sd3min.autoencoder import Autoencoder
 from sd3min.checkpoint import TOKENIZERS, Checkpoint, encoder_names
 from sd3min.fast.blocks import FastBlock
+from sd3min.fast.decoder import FastDecoder
+from sd3min.fast.linear import Int8Linear, packed
 from sd3min.fast.mmdit import FastMMDiT, Run
+from sd3min.fast.native import trim
 from sd3min.fast.plan import Plan, plan
-from sd3min.fast.stream import Ahead, Turns, streamed_encoder, trim
+from sd3min.fast.prompts import CachedEncoders
+from sd3min.fast.stream import Ahead, Turns, streamed_encoder
 from sd3min.fast.t5 import load_t5
 from sd3min.parts import Part
 from sd3min.pipeline import Pipeline
@@ -84,16 +91,22 @@ class StagedPipeline(Pipeline):
         device: torch.device,
         t5: bool | str = True,
         memory: str = "resident",
+        mmdit: str | None = None,
+        cache: str | Path | None = None,
     ):
-        kept = {"dtype": dtype, "device": device, "t5": t5, "memory": memory}
+        """As `loading.load` has them; `cache` is the folder of prompts' embeddings."""
+        kept = {"dtype": dtype, "device": device, "t5": t5, "memory": memory, "mmdit": mmdit}
         self.planned = partial(plan, opened, **kept)
         self.config, self.defaults = opened.parts["mmdit"].config, opened.defaults
         self.weights, self.device, self.dtype = opened.fingerprint(), device, dtype
-        self.stages = Stages(loaders(opened, dtype, device, t5, memory), keep=memory == "fast")
-        self.text_encoders = StagedEncoders(self.stages, opened, bool(t5))
-        if memory == "fast":
-            for name in (*encoder_names(bool(t5)), "network", "autoencoder"):
-                self.stages(name)
+        self.stages = Stages(loaders(opened, **kept), keep=memory == "fast")
+        self.text_encoders: Any = StagedEncoders(self.stages, opened, bool(t5))
+        names = [*([] if cache else encoder_names(bool(t5))), "network", "autoencoder"]
+        for name in names if memory == "fast" else []:
+            self.stages(name)
+        if cache:
+            staged = self.text_encoders
+            self.text_encoders = CachedEncoders.of(opened, cache, dtype, device, t5, lambda: staged)
 
     def plan(self, prompt: str | Sequence[str] = "", **given: Any) -> Plan:
         """What will be in memory at each stage of a call with these arguments."""
@@ -113,7 +126,7 @@ class StagedPipeline(Pipeline):
         steps = {time.item(): i for i, time in enumerate(times)}
         network = partial(self.stages, "network")
 
-        @cache
+        @once
         def run() -> Run:
             made = network().prepare(text, flow.TRAINED_TIMES * times.to(self.device))
             made.network = network
@@ -126,26 +139,46 @@ class StagedPipeline(Pipeline):
 
 
 def loaders(
-    opened: Checkpoint, dtype: torch.dtype, device: torch.device, t5: bool | str, memory: str
+    opened: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    t5: bool | str,
+    memory: str,
+    mmdit: str | None,
 ) -> dict[str, Callable[[], Any]]:
     """How each part is loaded under a plan of memory."""
     load = {name: partial(opened.load, name, dtype, device) for name in opened.parts}
-    load["network"] = partial(network, opened.parts["mmdit"], dtype, device, memory == "stream")
+    load["autoencoder"] = partial(autoencoder, opened, dtype, device)
+    make = Int8Linear if mmdit == "int8" else packed
+    load["network"] = partial(network, opened.parts["mmdit"], dtype, device, make)
     if isinstance(t5, str):
         load["t5"] = partial(load_t5, opened.parts["t5"], dtype, device, t5)
     if memory == "stream":
         encoders = [name for name in opened.parts if name in TOKENIZERS]
+        load["network"] = partial(streamed_network, opened.parts["mmdit"], dtype, device)
         load |= {
             name: partial(streamed_encoder, opened.parts[name], dtype, device) for name in encoders
         }
     return load
 
 
-def network(part: Part, dtype: torch.dtype, device: torch.device, stream: bool) -> FastMMDiT:
-    """The MMDiT for runs, whole or read block by block at every step."""
+def autoencoder(opened: Checkpoint, dtype: torch.dtype, device: torch.device) -> Autoencoder:
+    """The autoencoder, which decodes in strips."""
+    made = opened.load("autoencoder", dtype, device)
+    made.decoder = FastDecoder(made.decoder)
+    return made
+
+
+def network(
+    part: Part, dtype: torch.dtype, device: torch.device, make: Callable[[nn.Linear], nn.Module]
+) -> FastMMDiT:
+    """The MMDiT for runs."""
     read = partial(part.tensor, dtype=dtype, device=device)
-    if not stream:
-        return FastMMDiT(part.config, read, sequence=tightly)
+    return FastMMDiT(part.config, read, make, sequence=tightly)
+
+
+def streamed_network(part: Part, dtype: torch.dtype, device: torch.device) -> FastMMDiT:
+    """The MMDiT for runs, read block by block at every step."""
 
     def ahead(block: Callable[[int], FastBlock], depth: int) -> Ahead[FastBlock]:
         read: Any = weakref.WeakMethod(block)  # or the network would keep itself alive

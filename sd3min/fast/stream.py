@@ -6,11 +6,9 @@ none of its pages count as this process's. Where the layers go to a GPU, the wor
 pinned memory on a stream of its own, and waits for that alone.
 """
 
-import ctypes
 import json
 import re
 import struct
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 
 from sd3min.fast import kernels
 from sd3min.fast.blocks import MODULATION
+from sd3min.fast.native import trim
 from sd3min.parts import Part, fill, kept_type
 from sd3min.stored import AnyStored, Joined, Stored
 
@@ -50,12 +49,6 @@ TABLES = {  # what gives a row for each token, by all its names
     "clip_g": ("text_model.embeddings.token_embedding",),
     "t5": ("shared", "encoder.embed_tokens"),
 }
-
-
-def trim() -> None:
-    """Hand freed memory back to the system, which glibc would keep between what is in use."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Ahead(Generic[M]):
