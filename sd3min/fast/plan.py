@@ -19,6 +19,7 @@ PROCESS = 300_000_000  # bytes that Python and its libraries take, measured on L
 HEAD = ("stage", "weights", "mapped", "working", "type", "weights are")
 STRIPS = 2.5  # of the widest channels at full size, when it decodes in strips, measured
 MAPS = 6  # of the widest channels at full size that decoding holds at once, measured
+PARTS = 6  # of a stream's modulation, whose weights are there for a moment
 RUNS = ("for runs", "int8 for runs")
 WAYS = {
     "plain": "whole",
@@ -165,7 +166,8 @@ def working(part: Part, settings: Settings, batch: int, how: str) -> int:
         return MAPS * batch * pixels * config.widths[1]
     if part.name == "mmdit":
         rows = pixels // SIZE_STEP**2 + settings.t5_length + CLIP_L.length
-        return TOKENS * batch * rows * config.width
+        modulation = 0 if how == "plain" else 2 * PARTS * config.width**2  # read, and converted
+        return TOKENS * batch * rows * config.width + modulation
     rows = settings.t5_length if part.name == "t5" else config.length
     heads = config.width // HEAD_WIDTH
     return batch * rows * (TOKENS * config.width + 3 * config.mlp_width + 2 * heads * rows)
