@@ -176,7 +176,6 @@ class FastDecoder(nn.Module):
         for level in reversed(self.up):
             for block in level.block:
                 x = residual(block, x)
-                trim()
             if hasattr(level, "upsample"):
                 x = level.upsample(x)
                 trim()
