@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import T5EncoderModel
 
 from sd3min.autoencoder import Autoencoder
 from sd3min.config import (
@@ -189,9 +188,9 @@ class Part:
             tensors["pos_embed"] = table.to(device, dtype)
         if self.name == "clip_l":
             tensors.setdefault(DERIVED["clip_l"], torch.eye(config.width).to(device, dtype))
-        if isinstance(module, T5EncoderModel):
+        if self.name == "t5":
             tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
-            module.encoder.embed_tokens = module.shared
+            module.set_submodule("encoder.embed_tokens", module.get_submodule("shared"))
         return fill(module, tensors)
 
 
