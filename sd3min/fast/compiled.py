@@ -22,8 +22,9 @@ def compile_(
 ) -> Pipeline:
     """Compile the MMDiT and the decoder in place, when each is first called; returns the pipeline.
 
-    The first size is compiled for itself, the second for all sizes; so it is with batches, but for
-    a batch of one, which is compiled apart. The decoder's weights are laid out with their channels
+    The first size is compiled for itself. When its height, its width, the rows of text or the batch
+    first differs, all that differ are compiled for every later value; a batch of one is always
+    compiled apart. The decoder's weights are laid out with their channels
     last, as convolutions want them. `mode` is torch.compile's, and "max-autotune" stands for all
     that diffusers' guide to Stable Diffusion 3 sets: it searches for the quickest kernels, which
     takes minutes, and on a GPU it multiplies float32 as TF32, whose fractions have 10 binary digits
