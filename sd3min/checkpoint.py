@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 
 from sd3min import hub
 from sd3min.autoencoder import Autoencoder
@@ -22,7 +21,7 @@ from sd3min.folder import read_shift
 from sd3min.mmdit import MMDiT
 from sd3min.parts import PREFIXES, TITLES, Part, Unfit, fill, unfitness
 from sd3min.sources import is_folder, open_path
-from sd3min.text_encoders import TextEncoders
+from sd3min.text_encoders import PreTrainedTokenizerBase, TextEncoders
 
 __all__ = [
     "PREFIXES",
@@ -37,10 +36,10 @@ __all__ = [
     "load_text_encoders",
 ]
 
-TOKENIZERS = {  # folders of a diffusers checkpoint
-    "clip_l": ("tokenizer", CLIPTokenizer),
-    "clip_g": ("tokenizer_2", CLIPTokenizer),
-    "t5": ("tokenizer_3", T5Tokenizer),
+TOKENIZERS = {  # folders of a diffusers checkpoint, and transformers' classes
+    "clip_l": ("tokenizer", "CLIPTokenizer"),
+    "clip_g": ("tokenizer_2", "CLIPTokenizer"),
+    "t5": ("tokenizer_3", "T5Tokenizer"),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEFAULTS = "sd3min.defaults"  # metadata: settings where a call leaves them open, in JSON
@@ -207,10 +206,13 @@ class Checkpoint:
 
     def load_tokenizer(self, name: str) -> PreTrainedTokenizerBase:
         """An encoder's tokenizer, from its folder of a diffusers checkpoint."""
+        import transformers
+
         place, kind = TOKENIZERS[name]
         folder, vocabulary = self.tokenizers / place, self.parts[name].config.vocabulary
         try:
-            tokenizer = kind.from_pretrained(folder) if folder.is_dir() else None
+            read = getattr(transformers, kind).from_pretrained
+            tokenizer = read(folder) if folder.is_dir() else None
         except Exception:  # whatever the files hold
             tokenizer = None
         # T5's table has spare rows; a tokenizer of missing files has a few tokens and no error

@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedModel
-
 from sd3min.autoencoder import SCALE, SHIFT
 from sd3min.config import (
     HEAD_WIDTH,
@@ -133,8 +131,8 @@ def read_shift(folder: Path) -> float | None:
 def component_config(part: Part, defaults: Defaults) -> dict[str, Any]:
     """The config of one part; the text encoders are transformers' own and know theirs."""
     kind = COMPONENTS[part.name].kind
-    module = part.skeleton()
-    if isinstance(module, PreTrainedModel):
+    module: Any = part.skeleton()
+    if COMPONENTS[part.name].library == "transformers":
         return json.loads(module.config.to_json_string()) | {"architectures": [kind]}
     settings = mmdit_config if part.name == "mmdit" else autoencoder_config
     named = {"_class_name": kind, "_diffusers_version": VERSION}

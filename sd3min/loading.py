@@ -1,6 +1,7 @@
 """The whole model from its files, within the memory there is."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,8 +61,8 @@ def assemble(
         return StagedPipeline(opened, chosen, place, t5, memory, mmdit, cache)
     pipe = pipeline.assemble(opened, place, chosen, t5 is True)
     if isinstance(t5, str):
-        pipe.text_encoders.t5 = load_t5(opened.parts["t5"], chosen, place, t5)
-        encoders = pipe.text_encoders
+        encoders: Any = pipe.text_encoders
+        encoders.t5 = load_t5(opened.parts["t5"], chosen, place, t5)
         encoders.tokenizers = [*encoders.tokenizers, opened.load_tokenizer("t5")]
     return pipe
 

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import T5EncoderModel
 
 from sd3min.autoencoder import Autoencoder
 from sd3min.config import (
@@ -190,9 +189,9 @@ class Part:
         module = self.skeleton()
         twin = DERIVED["t5"]
         tensors = {n: self.tensor(n, dtype, device) for n in module.state_dict() if n != twin}
-        if isinstance(module, T5EncoderModel):
+        if self.name == "t5":
             tensors[twin] = tensors["shared.weight"]
-            module.encoder.embed_tokens = module.shared
+            module.set_submodule("encoder.embed_tokens", module.get_submodule("shared"))
         return fill(module, tensors)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from PIL import Image
 
 import sd3min
@@ -71,6 +70,8 @@ class Record(NamedTuple):
 
 def current_versions() -> dict[str, str]:
     """Versions of what computes a picture."""
+    import transformers
+
     return {module.__name__: module.__version__ for module in (sd3min, torch, transformers)}
 
 

@@ -7,18 +7,22 @@ CLIP-G's, projected. Padding is attended to.
 """
 
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
 from sd3min.config import HEAD_WIDTH, CLIPConfig, T5Config
 from sd3min.conventions import DIFFUSERS, Conventions
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
+else:  # transformers is slow to import, and waits until an encoder is built
+    CLIPTextModelWithProjection = T5EncoderModel = nn.Module
+    PreTrainedTokenizerBase = Callable
 
 ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 
@@ -34,7 +38,9 @@ def clip(config: CLIPConfig, part: str) -> CLIPTextModelWithProjection:
     """A CLIP text encoder, `part` "clip_l" or "clip_g", that pools where the largest id stands: the
     end of the text.
     """
-    return CLIPTextModelWithProjection(
+    import transformers
+
+    return transformers.CLIPTextModelWithProjection(
         transformers.CLIPTextConfig(
             vocab_size=config.vocabulary,
             hidden_size=config.width,
@@ -52,7 +58,9 @@ def clip(config: CLIPConfig, part: str) -> CLIPTextModelWithProjection:
 
 def t5(config: T5Config) -> T5EncoderModel:
     """The encoder half of a T5 v1.1."""
-    return T5EncoderModel(
+    import transformers
+
+    return transformers.T5EncoderModel(
         transformers.T5Config(
             vocab_size=config.vocabulary,
             d_model=config.width,

@@ -9,6 +9,7 @@ import files
 import pytest
 import small
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from sd3min import checkpoint, config, parts
@@ -522,7 +523,7 @@ def test_tokenizers_that_are_not_the_encoders_own_are_refused(fill_folder, part,
     if fill_folder == "garbage":
         (folder / "tokenizer.json").write_text("{")
     if fill_folder == "another's":
-        kind().save_pretrained(folder)
+        getattr(transformers, kind)().save_pretrained(folder)
     opened = Checkpoint.open(whole, tokenizers=tmp_path)
     refused(lambda: opened.load_tokenizer(part), str(folder), f"not {TITLES[part]}'s tokenizer")
 

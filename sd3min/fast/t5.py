@@ -9,12 +9,11 @@ import importlib.util
 import logging
 import re
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import T5EncoderModel
 
 from sd3min.config import Refusal
 from sd3min.parts import DERIVED, Part, fill, kept_type
@@ -105,16 +104,16 @@ def check(part: Part, kind: str) -> None:
         )
 
 
-def load_t5(part: Part, dtype: torch.dtype, device: torch.device, kind: str) -> T5EncoderModel:
+def load_t5(part: Part, dtype: torch.dtype, device: torch.device, kind: str) -> nn.Module:
     """The encoder, its linear layers of a kind."""
-    module = cast(T5EncoderModel, part.skeleton())
+    module = part.skeleton()
     linear = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
     for name in linear:
         module.set_submodule(name, nn.Identity())
     twin = DERIVED["t5"]
     tensors = {n: part.tensor(n, dtype, device) for n in module.state_dict() if n != twin}
     tensors[twin] = tensors["shared.weight"]
-    module.encoder.embed_tokens = module.shared
+    module.set_submodule("encoder.embed_tokens", module.get_submodule("shared"))
     fill(module, tensors)
     for name in linear:
         module.set_submodule(name, KINDS[kind](part, f"{name}.weight", dtype, device))

@@ -1,0 +1,58 @@
+"""What a fresh process imports: what it does not need, it does not wait for."""
+
+import subprocess
+import sys
+
+import pytest
+
+from sd3min import checkpoint
+
+SLOW = {"transformers", "huggingface_hub", "diffusers", "matplotlib", "gradio"}
+COMPILER = {"torch._dynamo", "sympy"}  # PyTorch itself loads it to compute on the meta device
+READ = "import sys; before = set(sys.modules)\n{}\nprint(*sorted(set(sys.modules) - before))"
+
+
+def imported(code, first="import torch"):
+    """The modules that code imports in a process of its own, beyond those of other code."""
+    script = f"{first}\n{READ.format(code)}"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()[-1].split()
+
+
+def slow(modules):
+    """The slow packages among modules."""
+    return {name.split(".")[0] for name in modules} & SLOW
+
+
+@pytest.mark.parametrize("module", ["sd3min", "sd3min.cli", "sd3min.fast.mmdit"])
+def test_an_import_waits_for_nothing_slow(module):
+    modules = imported(f"import {module}")
+    assert module in modules
+    assert not slow(modules) | COMPILER & set(modules)
+
+
+def test_a_refused_call_waits_for_nothing_slow():
+    call = ["generate", "a red circle", "--size", "60x60"]
+    modules = imported(f"from sd3min import cli\nassert cli.main({call}) == 2")
+    assert not slow(modules)
+
+
+def test_the_mmdit_and_the_autoencoder_need_no_transformers():
+    code = "import sd3min\nsd3min.load_mmdit()\nsd3min.load_autoencoder()"
+    assert not slow(imported(code))
+
+
+def test_a_picture_imports_transformers_and_never_diffusers():
+    code = "import sd3min\nsd3min.load()('a red circle', steps=1, progress=False)"
+    tops = {name.split(".")[0] for name in imported(code)}
+    assert "transformers" in tops
+    assert "diffusers" not in tops
+
+
+def test_the_tokenizers_are_classes_of_transformers():
+    import transformers
+
+    for _, kind in checkpoint.TOKENIZERS.values():
+        assert issubclass(getattr(transformers, kind), transformers.PreTrainedTokenizerBase)
