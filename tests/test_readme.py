@@ -34,6 +34,11 @@ def test_accuracy_tables_are_the_measured_figures(figures):
     assert block("ablation") == figures["ablation_table"](measured)
 
 
+def test_speeds_are_the_measured_figures(figures):
+    measured = json.loads((ROOT / "tools" / "bench.json").read_text())
+    assert block("speed") == figures["speed_table"](measured)
+
+
 def test_reading_cost_is_what_is_counted_now(figures):
     assert block("cost") == figures["cost_table"]()
 

@@ -28,7 +28,15 @@ import torch
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "bench.json"
 WIDTH, TEXT = 1536, 333
-PEERS = {"diffusers": "diffusers", "diffusers, compiled": "diffusers", "OpenVINO": "openvino"}
+PEERS = {
+    "diffusers": "diffusers",
+    "diffusers, channels last": "diffusers",
+    "diffusers, compiled": "diffusers",
+    "OpenVINO": "openvino",
+}
+DEFAULT = ["diffusers", "plain", "fast", "int8", "diffusers, channels last"]
+STEPS_ALONE = ("int8", "OpenVINO")  # which have no decoder of their own
+DECODING_ALONE = ("diffusers, channels last",)  # whose steps are diffusers'
 WORK = {
     "step 512": ["step", {"size": 512}],
     "step 512, no T5": ["step", {"size": 512, "zeros": True}],
@@ -224,7 +232,11 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=24, help="blocks; the width stays official")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--sides", nargs="+", default=["diffusers", "plain", "fast", "int8"])
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        default=["diffusers", "plain", "fast", "int8", "diffusers, channels last"],
+    )
     parser.add_argument("--work", nargs="+", default=list(WORK))
     parser.add_argument("--scaling-depth", type=int, default=2, help="0 leaves that part out")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -239,7 +251,8 @@ def main() -> None:
         results = before | {"ceilings": results["ceilings"]}
     for title in arguments.work:
         kind, options = WORK[title]
-        able = [side for side in sides if kind == "step" or side not in ("int8", "OpenVINO")]
+        unable = DECODING_ALONE if kind == "step" else STEPS_ALONE
+        able = [side for side in sides if side not in unable]
         row = compare(able, [kind, options], arguments.depth, arguments.rounds, arguments.threads)
         if kind == "step":
             row["operations"] = operations(options["size"], arguments.depth)

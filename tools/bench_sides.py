@@ -183,6 +183,14 @@ class Diffusers(Side):
         return module
 
 
+class DiffusersLaidOut(Diffusers):
+    """diffusers with its convolutions' weights channels last, as its guide has it."""
+
+    def made(self, module: nn.Module) -> nn.Module:
+        """As above."""
+        return module.to(memory_format=torch.channels_last)
+
+
 class DiffusersCompiled(Diffusers):
     """diffusers through torch.compile."""
 
@@ -231,6 +239,7 @@ SIDES = {
     "fast": Fast,
     "int8": Int8,
     "plain, compiled": Compiled,
+    "diffusers, channels last": DiffusersLaidOut,
     "diffusers, compiled": DiffusersCompiled,
     "OpenVINO": OpenVINO,
 }

@@ -16,6 +16,7 @@ import matplotlib
 
 matplotlib.use("agg")
 
+import bench
 import matplotlib.pyplot as plt
 import parity
 import reading_cost
@@ -64,6 +65,7 @@ def ablation_table(figures: Mapping[str, Any]) -> str:
     rows = {"all three encoders": figures["whole"], "without T5": figures["without T5"]}
     titles = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
     rows |= {f"{titles[name]}'s weights shuffled": row for name, row in figures["shuffled"].items()}
+    rows |= {f"all three encoders, {form}": row for form, row in figures["forms"].items()}
     head = (
         f"| {figures['ablation prompts']} prompts, half of them held out | all right |\n|---|---|"
     )
@@ -78,6 +80,11 @@ def cost_table() -> str:
     lines = ["| | statements | own frames to softmax |", "|---|---|---|"]
     lines += [f"| {name} | {count:,} | {frames or '–'} |" for name, (count, frames) in rows.items()]
     return "\n".join(lines)
+
+
+def speed_table(results: Mapping[str, Any]) -> str:
+    """How quick it is beside diffusers, in Markdown."""
+    return bench.table(results)
 
 
 def explain_table() -> str:
@@ -164,6 +171,7 @@ def main() -> None:
         "accuracy": accuracy_table(figures),
         "ablation": ablation_table(figures),
         "cost": cost_table(),
+        "speed": speed_table(json.loads(bench.RESULTS.read_text())),
         "explain": explain_table(),
         "parity": parity.table().strip(),
     }

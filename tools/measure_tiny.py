@@ -72,6 +72,17 @@ def shuffled(pipe: Pipeline, name: str, wanted: Sequence[scenes.Scene]) -> dict[
     return share(verdicts)
 
 
+def forms(weights: Path | None, wanted: Sequence[scenes.Scene]) -> dict[str, dict[str, float]]:
+    """Accuracy in the quick and the small forms."""
+    half = {"dtype": "bfloat16", "memory": "fast"}
+    made = {
+        "bfloat16": half,
+        "network in 8 bits": {**half, "mmdit": "int8"},
+        "T5 in 8 bits": {"t5": "int8"},
+    }
+    return {name: share(render(sd3min.load(weights, **how), wanted)) for name, how in made.items()}
+
+
 def measure(pipe: Pipeline, weights: Path | None, count: int) -> dict[str, object]:
     """All figures."""
     seen, unseen = scenes.prompts("seen", count), held_out(count)
@@ -92,6 +103,7 @@ def measure(pipe: Pipeline, weights: Path | None, count: int) -> dict[str, objec
         "whole": share(render(pipe, few)),
         "shuffled": {name: shuffled(pipe, name, few) for name in ("clip_l", "clip_g", "t5")},
         "without T5": share(render(sd3min.load(weights, t5=False), few)),
+        "forms": forms(weights, few),
     }
 
 
@@ -103,8 +115,16 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="default: the shipped weights")
     parser.add_argument("--count", type=int, default=500, help="seen, and as many held-out prompts")
     parser.add_argument("--out", type=Path, default=Path("weights/sd3-tiny/accuracy.json"))
+    again = "measure the quick and small forms alone, and keep the other figures"
+    parser.add_argument("--forms", action="store_true", help=again)
     arguments = parser.parse_args()
-    figures = measure(sd3min.load(arguments.weights), arguments.weights, arguments.count)
+    if arguments.forms:
+        figures = json.loads(arguments.out.read_text())
+        count = figures["ablation prompts"] // 2
+        few = scenes.prompts("seen", count) + held_out(count)
+        figures["forms"] = forms(arguments.weights, few)
+    else:
+        figures = measure(sd3min.load(arguments.weights), arguments.weights, arguments.count)
     arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 
