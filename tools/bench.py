@@ -237,7 +237,7 @@ def main() -> None:
         nargs="+",
         default=["diffusers", "plain", "fast", "int8", "diffusers, channels last"],
     )
-    parser.add_argument("--work", nargs="+", default=list(WORK))
+    parser.add_argument("--work", nargs="*", default=list(WORK))
     parser.add_argument("--scaling-depth", type=int, default=2, help="0 leaves that part out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
