@@ -89,6 +89,16 @@ class TestLoops:
         expected = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 12.0, 90.0, 1e38] * 2, dtype=B)
         assert torch.equal(kernels.gelu_(ends).abs(), expected)
 
+    def test_activation_of_channels(self):
+        x = 3 * random(2, 48, 5, 7).to(memory_format=torch.channels_last)
+        scale, shift = random(48, seed=1).float(), random(48, seed=2).float()
+        exact = torch.nn.functional.silu(
+            x.double() * scale[:, None, None].double() + shift[:, None, None].double()
+        )
+        made = kernels.activate(x, scale, shift)
+        assert made.dtype == B and error(made, exact) < 2**-8
+        assert (made.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+
     def test_norms_of_heads(self):
         ln_q, ln_k = nn.RMSNorm(64, eps=1e-6), nn.RMSNorm(64, eps=1e-6)
         weights = random(64, seed=3) + 1, random(64, seed=4)

@@ -77,10 +77,15 @@ def test_what_is_computed_grows_with_the_pictures(whole):
         [stage.working for stage in made(whole, **given).stages]
         for given in ({}, {"pictures": 2}, {"width": 128, "height": 96})
     )
-    assert two == [2 * working for working in one]
+    width = Checkpoint.open(whole).parts["mmdit"].config.width
+    fixed = 2 * 6 * width**2 * torch.bfloat16.itemsize  # a stream's modulation, read and converted
+    assert two[:3] == [2 * working for working in one[:3]]
+    assert two[3] - fixed == 2 * (one[3] - fixed)
+    assert two[4] == one[4]  # one picture is decoded after the other
     assert large[:3] == one[:3] and large[3] > one[3] and large[4] == 4 * one[4]
-    unguided = made(whole, guidance_scale=1.0).stages
-    assert [stage.working for stage in unguided] == [*(w // 2 for w in one[:4]), one[4]]
+    unguided = [stage.working for stage in made(whole, guidance_scale=1.0).stages]
+    assert unguided[:3] == [working // 2 for working in one[:3]]
+    assert unguided[3] - fixed == (one[3] - fixed) // 2 and unguided[4] == one[4]
 
 
 def test_a_plan_that_keeps_all_adds_up(whole):

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sd3min.autoencoder import Decoder, Images, Latents, ResidualBlock, SelfAttention
+from sd3min.fast import kernels
 from sd3min.fast.native import trim
 
 Strip = Float[Tensor, "1 d _ w"]  # of any number of rows
@@ -58,15 +59,26 @@ class Map:
         """What a group normalisation of the whole map does to a part of it: since mean and variance
         are known, a batch normalisation at rest.
         """
+        mean, variance = self.grouped(norm)
+        weight, bias = norm.weight.to(mean), norm.bias.to(mean)
+        return lambda strip: F.batch_norm(strip, mean, variance, weight, bias, eps=norm.eps)
+
+    def activation(self, norm: nn.GroupNorm) -> Callable[[Strip], Strip]:
+        """The same and SiLU, rounded once."""
+        mean, variance = self.grouped(norm)
+        scale = norm.weight.to(mean) / (variance + norm.eps).sqrt()
+        shift = norm.bias.to(mean) - mean * scale
+        return lambda strip: kernels.activate(strip, scale, shift)
+
+    def grouped(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each channel's group."""
         means, variances = (
             rearrange(part, "(g d) -> g d", g=norm.num_groups)
             for part in (self.mean, self.variance)
         )
         mean = means.mean(dim=1, keepdim=True)
         variance = (variances + (means - mean) ** 2).mean(dim=1, keepdim=True)
-        mean, variance = (part.expand_as(means).flatten() for part in (mean, variance))
-        weight, bias = norm.weight.to(mean), norm.bias.to(mean)
-        return lambda strip: F.batch_norm(strip, mean, variance, weight, bias, eps=norm.eps)
+        return mean.expand_as(means).flatten(), variance.expand_as(means).flatten()
 
 
 def framed(strips: list[Strip], do: Callable[[Strip], Strip]) -> Iterator[tuple[Strip, Strip]]:
@@ -87,8 +99,7 @@ def convolved(norm: nn.GroupNorm, conv: nn.Conv2d, x: Map) -> Iterator[tuple[Str
     """Each strip, which the map no longer holds, and what normalisation, SiLU and a 3×3 convolution
     make of it.
     """
-    normed = x.normalisation(norm)
-    for strip, frame in framed(x.strips, lambda strip: F.silu(normed(strip), inplace=True)):
+    for strip, frame in framed(x.strips, x.activation(norm)):
         yield strip, F.conv2d(frame, conv.weight, conv.bias, padding=(0, 1))
 
 

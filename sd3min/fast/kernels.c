@@ -91,6 +91,20 @@ int gelu(bf16* x, long count) {
     return 0;
 }
 
+// SiLU of x * scale + shift, which each column has its own of
+int activate(bf16* out, const bf16* x, const float* scale, const float* shift, long rows, long width) {
+    const floats one = _mm512_set1_ps(1), minus = _mm512_set1_ps(-1.44269504f);
+#pragma omp parallel for schedule(static)
+    for (long row = 0; row < rows; row++)
+        for (long i = 0; i < width; i += 16) {
+            floats y = _mm512_fmadd_ps(load(x + row * width + i), _mm512_loadu_ps(scale + i),
+                                       _mm512_loadu_ps(shift + i));
+            floats under = _mm512_add_ps(one, exp2_(_mm512_mul_ps(y, minus)));
+            store(out + row * width + i, _mm512_div_ps(y, under));
+        }
+    return 0;
+}
+
 // RMS norms of the queries and the keys of each head, in place
 int normalise_heads(bf16* qkv, const bf16* q_weight, const bf16* k_weight, long rows, long heads,
                      float eps) {

@@ -46,6 +46,16 @@ def gelu_(hidden: Tensor) -> Tensor:
     return hidden
 
 
+def activate(x: Float[Tensor, "b d h w"], scale: Tensor, shift: Tensor) -> Tensor:
+    """SiLU of x·scale + shift, of which each channel has its own, rounded once."""
+    places = rearrange(x, "b d h w -> b h w d")
+    if not native.serves(places) or x.shape[1] % 16:
+        return F.silu(places * scale + shift).to(x.dtype).permute(0, 3, 1, 2)
+    out = torch.empty_like(places)
+    native.call("activate", out, places, scale, shift, places.shape[:3].numel(), x.shape[1])
+    return out.permute(0, 3, 1, 2)
+
+
 def normalise_heads(qkv: Tensor, ln_q: nn.Module, ln_k: nn.Module) -> Tensor:
     """Norms of each head's queries and keys, where the model has them (§5.3.2, Fig. 5)."""
     if not isinstance(ln_q, nn.RMSNorm) or not isinstance(ln_k, nn.RMSNorm):

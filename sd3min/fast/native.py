@@ -27,6 +27,7 @@ FUNCTIONS = {
     "modulate": [Pointer] * 4 + [Whole] * 4 + [Real],
     "add_gated": [Pointer] * 3 + [Whole] * 4,
     "gelu": [Pointer, Whole],
+    "activate": [Pointer] * 4 + [Whole] * 2,
     "normalise_heads": [Pointer] * 3 + [Whole] * 2 + [Real],
     "shorten": [Pointer] * 2 + [Whole],
     "quantise": [Pointer] * 3 + [Whole] * 2,
