@@ -135,7 +135,7 @@ def test_sd3_medium_fits_where_it_is_said_to(tmp_path):
         for memory in ("resident", "stream")
     }
     assert 3.0e9 < peaks["resident"] < 3.6e9
-    assert 1.0e9 < peaks["stream"] < 1.5e9
+    assert 0.7e9 < peaks["stream"] < 1.5e9
     # and the network is 1.4 billion values without modulation, at two bytes
     network = made(clips, t5=False, **size).stages[2]
     assert network.weights == pytest.approx(2.83e9, rel=0.01)
