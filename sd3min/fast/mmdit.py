@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sd3min.config import MMDiTConfig
 from sd3min.fast.blocks import MODULATION, FastBlock, build, without_modulation
 from sd3min.fast.linear import packed
+from sd3min.fast.native import trim
 from sd3min.mmdit import PATCH, MMDiT, joint_block, sinusoid, unpatchify
 from sd3min.parts import fill
 from sd3min.text_encoders import Conditioning
@@ -88,10 +89,11 @@ class FastMMDiT(nn.Module):
             made = F.linear(active, self.read(f"{name}.weight"), self.read(f"{name}.bias"))
             return rearrange(made, "s b (parts d) -> s b parts d", d=width)
 
-        return [
-            (parts(index, "context_block"), parts(index, "x_block"))
-            for index in range(self.config.depth)
-        ]
+        made = []
+        for index in range(self.config.depth):
+            made.append((parts(index, "context_block"), parts(index, "x_block")))
+            trim()  # or the weights of all blocks are kept as room for others
+        return made
 
 
 def kept(block: Callable[[int], FastBlock], depth: int) -> nn.ModuleList:
