@@ -34,19 +34,19 @@ class Component(NamedTuple):
     """A part's place in a diffusers folder."""
 
     folder: str
-    library: str
+    package: str
     kind: str  # the class that reads it
     tokenizer: tuple[str, str] | None = None  # folder and class
 
     @property
     def stem(self) -> str:
         """How the names of its weights begin."""
-        return "diffusion_pytorch_model" if self.library == "diffusers" else "model"
+        return "diffusion_pytorch_model" if self.package == "diffusers" else "model"
 
     @property
     def shard(self) -> int:
         """Bytes above which the released folders are split."""
-        return (10 if self.library == "diffusers" else 5) * GB
+        return (10 if self.package == "diffusers" else 5) * GB
 
 
 CLIP = "CLIPTextModelWithProjection"
@@ -86,10 +86,10 @@ def model_index(parts: Iterable[str]) -> dict[str, Any]:
         "scheduler": ["diffusers", KIND],
     }
     for part, component in COMPONENTS.items():
-        index[component.folder] = [component.library, component.kind] if part in held else ABSENT
+        index[component.folder] = [component.package, component.kind] if part in held else ABSENT
         if component.tokenizer:
             folder, kind = component.tokenizer
-            index[folder] = [component.library, kind] if part in held else ABSENT
+            index[folder] = [component.package, kind] if part in held else ABSENT
     return index
 
 
@@ -132,7 +132,7 @@ def component_config(part: Part, defaults: Defaults) -> dict[str, Any]:
     """The config of one part; the text encoders are transformers' own and know theirs."""
     kind = COMPONENTS[part.name].kind
     module: Any = part.skeleton()
-    if COMPONENTS[part.name].library == "transformers":
+    if COMPONENTS[part.name].package == "transformers":
         return json.loads(module.config.to_json_string()) | {"architectures": [kind]}
     settings = mmdit_config if part.name == "mmdit" else autoencoder_config
     named = {"_class_name": kind, "_diffusers_version": VERSION}

@@ -232,11 +232,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=24, help="blocks; the width stays official")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--sides",
-        nargs="+",
-        default=["diffusers", "plain", "fast", "int8", "diffusers, channels last"],
-    )
+    parser.add_argument("--sides", nargs="+", default=DEFAULT)
     parser.add_argument("--work", nargs="*", default=list(WORK))
     parser.add_argument("--scaling-depth", type=int, default=2, help="0 leaves that part out")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -8,6 +8,7 @@ their shapes decide the time.
 import json
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -53,7 +54,7 @@ def filled(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-class Side:
+class Side(ABC):
     """An implementation: what makes a step of the MMDiT, and what decodes."""
 
     def __init__(self, depth: int):
@@ -68,13 +69,13 @@ class Side:
             context, random(2 * batch, 2048)
         )
 
+    @abstractmethod
     def step(self, size: int, batch: int = 1, zeros: bool = False) -> Work:
         """A guided step at a size."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, size: int) -> Work:
         """The decoding of a picture."""
-        raise NotImplementedError
 
 
 class Plain(Side):

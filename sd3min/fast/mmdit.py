@@ -97,8 +97,12 @@ class FastMMDiT(nn.Module):
 
 
 def kept(block: Callable[[int], FastBlock], depth: int) -> nn.ModuleList:
-    """All blocks, read once."""
-    return nn.ModuleList(block(index) for index in range(depth))
+    """All blocks, read once; what a block was made of is gone before the next one is read."""
+    blocks = nn.ModuleList()
+    for index in range(depth):
+        blocks.append(block(index))
+        trim()
+    return blocks
 
 
 class Run:

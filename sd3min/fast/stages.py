@@ -174,7 +174,7 @@ def network(
 ) -> FastMMDiT:
     """The MMDiT for runs."""
     read = partial(part.tensor, dtype=dtype, device=device)
-    return FastMMDiT(part.config, read, make, sequence=tightly)
+    return FastMMDiT(part.config, read, make)
 
 
 def streamed_network(part: Part, dtype: torch.dtype, device: torch.device) -> FastMMDiT:
@@ -186,12 +186,3 @@ def streamed_network(part: Part, dtype: torch.dtype, device: torch.device) -> Fa
 
     turns = Turns(part, dtype, device)
     return FastMMDiT(part.config, turns, make=lambda linear: linear, sequence=ahead)
-
-
-def tightly(block: Callable[[int], FastBlock], depth: int) -> nn.ModuleList:
-    """All blocks, read once; what a block was made of is gone before the next one is read."""
-    blocks = nn.ModuleList()
-    for i in range(depth):
-        blocks.append(block(i))
-        trim()
-    return blocks
