@@ -3,8 +3,9 @@
 import random
 import re
 
-from sd3min.training.scenes import BACKGROUNDS, COLOURS, RELATIONS, Scene, Thing
+from sd3min.training.scenes import BACKGROUNDS, COLOURS, NOUNS, RELATIONS, Scene, Thing
 
+SPARE = "sks"  # as the guides to fine-tuning have it
 OPENINGS = ("", "a picture of ", "there is ")
 SYNONYMS = {
     "above": ("above", "over"),
@@ -87,10 +88,8 @@ def parse(words: str) -> Scene:
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption may have, once."""
-    from sd3min.training.scenes import NOUNS
-
+    """Every word that a caption may have, once, and a spare one for a thing to be named later."""
     names = [*COLOURS, *NOUNS, *BACKGROUNDS, *RELATIONS]
     words = [word for name in names for said in SYNONYMS.get(name, (name,)) for word in said.split()]
     words += [word for opening in OPENINGS for word in opening.split()]
-    return list(dict.fromkeys(["a", "an", "on", "and", "background", *words]))
+    return list(dict.fromkeys(["a", "an", "on", "and", "background", *words, SPARE]))

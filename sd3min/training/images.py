@@ -4,13 +4,13 @@ import random
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from sd3min.autoencoder import SCALE, SHIFT, Autoencoder
 from sd3min.pipeline import to_tensor
 from sd3min.training import scenes
+from sd3min.training.trainer import Losses, Task
 
 KL_WEIGHT = 1e-3
 LATENT_NOISE = 0.1  # about what a sampled picture's latents are off by
@@ -27,24 +27,48 @@ def batch(seed: str, size: int) -> Float[Tensor, "b 3 H W"]:
     return drawn((scenes.random_scene(rng) for _ in range(size)), rng)
 
 
-def reconstruction_loss(
-    autoencoder: Autoencoder, images: Tensor, generator: torch.Generator
-) -> Tensor:
+def distance(decoded: Tensor, images: Tensor) -> Float[Tensor, " b"]:
+    """Squared error of each picture, and a tenth of the absolute one, which keeps edges sharp."""
+    error = decoded.float() - images
+    return (error.square() + 0.1 * error.abs()).mean(dim=(1, 2, 3))
+
+
+class Reconstruction(Task):
     """Errors of the decoded posterior sample, and the posterior's divergence from N(0, 1)."""
-    mean, logvar = autoencoder.moments(images)
-    mean, logvar = mean.float(), logvar.float()
-    sample = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
-    decoded = autoencoder.decoder(sample).float()
-    divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return F.mse_loss(decoded, images) + 0.1 * F.l1_loss(decoded, images) + KL_WEIGHT * divergence
+
+    name = "reconstruction"
+
+    def __init__(self, autoencoder: Autoencoder, size: int):
+        super().__init__()
+        self.autoencoder, self.size = autoencoder, size
+
+    def forward(self, step: int, part: slice) -> Losses:
+        """Losses on pictures that the step decides."""
+        images = batch(f"{self.name} {step}", self.size)[part]
+        mean, logvar = (m.float() for m in self.autoencoder.moments(images))
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
+        decoded = self.autoencoder.decoder(mean + torch.exp(0.5 * logvar) * noise)
+        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(dim=(1, 2, 3))
+        return Losses(distance(decoded, images) + KL_WEIGHT * divergence)
 
 
-def decoding_loss(autoencoder: Autoencoder, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Squared and absolute error of the decoded posterior mode under a little noise."""
-    mean, _ = autoencoder.moments(images)
-    noise = LATENT_NOISE * torch.randn(mean.shape, generator=generator)
-    decoded = autoencoder.decoder(mean.float() + noise).float()
-    return F.mse_loss(decoded, images) + 0.1 * F.l1_loss(decoded, images)
+class Decoding(Reconstruction):
+    """Errors of the decoded posterior mode under a little noise; the encoder stays as it is."""
+
+    name = "decoder"
+
+    def __init__(self, autoencoder: Autoencoder, size: int):
+        super().__init__(autoencoder, size)
+        autoencoder.encoder.requires_grad_(False)
+
+    def forward(self, step: int, part: slice) -> Losses:
+        """Losses on pictures that the step decides."""
+        images = batch(f"{self.name} {step}", self.size)[part]
+        with torch.no_grad():
+            mean, _ = self.autoencoder.moments(images)
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
+        decoded = self.autoencoder.decoder(mean.float() + LATENT_NOISE * noise)
+        return Losses(distance(decoded, images))
 
 
 @torch.no_grad()

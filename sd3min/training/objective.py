@@ -14,9 +14,10 @@ def logit_normal_times(
     return flow.shift_times(torch.randn(count, generator=generator).sigmoid(), shift)
 
 
-def flow_matching_loss(
+def flow_matching_losses(
     velocity: flow.Velocity, data: Tensor, noise: Tensor, t: Float[Tensor, " b"]
-) -> Tensor:
-    """Mean of |v(z_t, t) − (ε − x0)|² over pictures and channels (§2, Eq. 8)."""
+) -> Float[Tensor, " b"]:
+    """Mean over channels and places of |v(z_t, t) − (ε − x0)|², for each picture (§2, Eq. 8)."""
     latents = flow.interpolate(data, noise, t[:, None, None, None])
-    return (velocity(latents, t).float() - flow.velocity_target(data, noise)).square().mean()
+    error = velocity(latents, t).float() - flow.velocity_target(data, noise)
+    return error.square().mean(dim=(1, 2, 3))

@@ -71,7 +71,8 @@ BACKGROUNDS: dict[str, RGB] = {
 }
 MIRRORED = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 RELATIONS = tuple(MIRRORED)
-VERTICAL = ("above", "below")
+AXES = (("above", "below"), ("left of", "right of"))
+VERTICAL = AXES[0]
 SHAPE_SHARE = 0.5  # of the things, the others being objects
 COUNTS = {1: 0.2, 2: 0.45, 3: 0.35}  # how often a scene has so many things
 HELD_OUT_FILE = Path(__file__).with_name("held_out.json")
@@ -257,8 +258,7 @@ def _random_scene(count: int, rng: random.Random) -> Scene:
         thing = _random_thing(rng)
         things.setdefault(thing.colour or thing.noun, thing)
     first, *others = things.values()
-    sides, heights = rng.choice(RELATIONS[2:]), rng.choice(RELATIONS[:2])
-    relations = rng.sample([sides, heights], 2)
+    relations = rng.sample([rng.choice(axis) for axis in AXES], len(AXES))
     background = rng.choice(list(BACKGROUNDS))
     return Scene(first, tuple(zip(relations, others, strict=False)), background)
 

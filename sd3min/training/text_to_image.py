@@ -1,14 +1,15 @@
-"""The training of an MMDiT and both CLIPs, together, through the flow loss alone.
+"""The training of an MMDiT and both CLIPs on drawn scenes, together, through the flow loss alone.
 
 T5 has had its lesson (`reading`) and stays as it is, as all three encoders did in the paper.
 """
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -16,13 +17,13 @@ from sd3min import flow
 from sd3min.autoencoder import SCALE, SHIFT, Autoencoder
 from sd3min.mmdit import MMDiT, position_table
 from sd3min.text_encoders import Conditioning, TextEncoders
-from sd3min.training import scenes
+from sd3min.training import captions, scenes
 from sd3min.training.images import drawn
-from sd3min.training.loop import save
-from sd3min.training.objective import flow_matching_loss, logit_normal_times
+from sd3min.training.objective import flow_matching_losses, logit_normal_times
+from sd3min.training.trainer import Losses, Task, save
 
 NO_CAPTION = 0.1  # of the captions are left empty, for guidance
-NO_T5 = 0.2  # of the pictures see zeros in place of T5's rows
+LEFT_OUT = 0.15  # how often each encoder is left out, each by itself
 DRAWS = 2  # times and noises for each picture and caption of a batch
 
 
@@ -59,81 +60,94 @@ class Latents:
         if not path.exists():
             save(self.encode(autoencoder, count, chunk), path)
         state = torch.load(path)
-        self.data = (state["mean"].float() - SHIFT) * SCALE
-        self.scenes = [scenes.parse(caption) for caption in state["captions"]]
+        self.means = state["mean"]
+        self.scenes = [captions.parse(caption) for caption in state["captions"]]
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Latents of some scenes, scaled and shifted, in float32."""
+        return (self.means[indices].float() - SHIFT) * SCALE
 
     @staticmethod
     @torch.no_grad()
     def encode(autoencoder: Autoencoder, count: int, chunk: int) -> dict[str, object]:
         """Mean of every picture's posterior in bfloat16, and its caption; chunk by chunk."""
-        means, captions = [], []
+        means, words = [], []
         for first in tqdm(range(0, count, chunk), desc="latents"):
             rng = random.Random(f"latents {first}")
             wanted = [scenes.random_scene(rng) for _ in range(chunk)]
             with torch.autocast("cpu", torch.bfloat16):
                 mean, _ = autoencoder.moments(drawn(wanted, rng))
             means.append(mean.bfloat16())
-            captions += [scene.caption for scene in wanted]
-        return {"mean": torch.cat(means), "captions": captions}
-
-
-def caption(scene: scenes.Scene, rng: random.Random) -> str:
-    """A caption to train on: sometimes shortened, sometimes with a capital, sometimes none."""
-    if rng.random() < NO_CAPTION:
-        return ""
-    words = scenes.training_caption(scene, rng)
-    return words[0].upper() + words[1:] if rng.random() < 0.15 else words
+            words += [captions.caption(scene) for scene in wanted]
+        return {"mean": torch.cat(means), "captions": words}
 
 
 def misread(scene: scenes.Scene, rng: random.Random) -> scenes.Scene:
-    """The scene with a relation by chance, though never a held-out one."""
-    if scene.relation is None:
-        return scene
-    others = [dataclasses.replace(scene, relation=relation) for relation in scenes.RELATIONS]
-    return rng.choice([other for other in others if not scenes.has_held_out_triple(other)])
+    """The scene with its relations by chance, though never a held-out one."""
+    while True:
+        sides = rng.sample([rng.choice(axis) for axis in scenes.AXES], len(scene.others))
+        others = [(side, thing) for side, (_, thing) in zip(sides, scene.others, strict=True)]
+        heard = dataclasses.replace(scene, others=tuple(others))
+        if scenes.count_held_out_triples(heard) == 0:
+            return heard
 
 
 def encode(
     encoders: TextEncoders, wanted: Sequence[scenes.Scene], rng: random.Random
 ) -> Conditioning:
-    """What the encoders say of the scenes; T5 is left out of some of them.
+    """What the encoders say of the scenes; each is left out of some of them, as zeros.
 
-    Where T5 reads the caption, both CLIPs read it with a relation by chance: CLIP is told what
+    Where T5 reads the caption, both CLIPs read it with its relations by chance: CLIP is told what
     there is and T5 how it stands, and the network learns to ask each for its own. Where T5 is left
-    out, the CLIPs read the whole. Differs from the paper, which drops each of the three alone (App.
-    B.3): a caption this short is read by any one encoder, and the network would do without T5.
+    out, the CLIPs read the whole. Differs from the paper, where all three read the same (App. B.3):
+    a caption this short is read by any one encoder, and the network would do without T5.
     """
-    with_t5 = [rng.random() >= NO_T5 for _ in wanted]
-    wordings = [rng.random() for _ in wanted]
-    told = [caption(s, random.Random(w)) for s, w in zip(wanted, wordings, strict=True)]
-    heard = [misread(s, rng) if has else s for s, has in zip(wanted, with_t5, strict=True)]
-    misheard = [caption(s, random.Random(w)) for s, w in zip(heard, wordings, strict=True)]
+    kept = torch.tensor([[float(rng.random() >= LEFT_OUT) for _ in range(3)] for _ in wanted])
+    wordings = ["" if rng.random() < NO_CAPTION else f"{rng.random()}" for _ in wanted]
 
-    clip, pooled = encoders.both_clips(misheard)
+    def said(read: Sequence[scenes.Scene]) -> list[str]:
+        pairs = zip(read, wordings, strict=True)
+        return [captions.worded(scene, random.Random(seed)) if seed else "" for scene, seed in pairs]
+
+    pairs = zip(wanted, kept[:, 2].tolist(), strict=True)
+    heard = said([misread(scene, rng) if has_t5 else scene for scene, has_t5 in pairs])
+    clips = [
+        Conditioning(rows * has[:, None, None], pooled * has[:, None])
+        for index, model in enumerate((encoders.clip_l, encoders.clip_g))
+        for has, (rows, pooled) in [(kept[:, index], encoders.clip_rows(model, index, heard))]
+    ]
     with torch.no_grad():
-        t5 = encoders.t5_rows(told, encoders.t5_length) * torch.tensor(with_t5)[:, None, None]
-    return Conditioning(torch.cat([clip, t5], dim=1), pooled)
+        t5 = encoders.t5_rows(said(wanted), encoders.t5_length) * kept[:, 2, None, None]
+    clip = torch.cat([rows for rows, _ in clips], dim=-1)
+    clip = F.pad(clip, (0, encoders.context_width - clip.shape[-1]))
+    pooled = torch.cat([pooled for _, pooled in clips], dim=-1)
+    return Conditioning(torch.cat([clip, t5.to(clip)], dim=1), pooled)
 
 
-def batch_loss(
-    mmdit: Callable[..., Tensor],
-    encoders: TextEncoders,
-    latents: Latents,
-    step: int,
-    batch: int,
-    shift: float,
-) -> Tensor:
-    """The flow loss of one batch of scenes; `step` decides every draw."""
-    rng, generator = random.Random(step), torch.Generator().manual_seed(step)
-    indices = torch.randint(len(latents.scenes), (batch // DRAWS,), generator=generator)
-    conditioning = encode(encoders, [latents.scenes[i] for i in indices.tolist()], rng)
-    context, pooled = (part.repeat_interleave(DRAWS, dim=0) for part in conditioning)
+class TextToImage(Task):
+    """Velocities of drawn scenes from noise and words (§2, Eq. 8), at shifted logit-normal times."""
 
-    data = latents.data[indices].repeat_interleave(DRAWS, dim=0)
-    noise = torch.randn(data.shape, generator=generator)
-    t = logit_normal_times(len(data), shift, generator)
+    def __init__(
+        self, mmdit: MMDiT, encoders: TextEncoders, latents: Latents, batch: int, shift: float
+    ):
+        super().__init__()
+        self.mmdit, self.encoders = mmdit, encoders
+        self.latents, self.batch, self.shift = latents, batch, shift
+        self.compiled = torch.compile(mmdit.forward)
 
-    def velocity(z: Tensor, t: Tensor) -> Tensor:
-        return mmdit(z, flow.TRAINED_TIMES * t, context, pooled)
+    def forward(self, step: int, part: slice) -> Losses:
+        """Losses of a part of a step's batch; the step decides every draw."""
+        rng, generator = random.Random(step), torch.Generator().manual_seed(step)
+        indices = torch.randint(len(self.latents.scenes), (self.batch // DRAWS,), generator=generator)
+        wanted = [self.latents.scenes[i] for i in indices.tolist()]
+        data = self.latents[indices].repeat_interleave(DRAWS, dim=0)
+        noise = torch.randn(data.shape, generator=generator)
+        t = logit_normal_times(len(data), self.shift, generator)[part]
+        context, pooled = (
+            whole.repeat_interleave(DRAWS, dim=0)[part] for whole in encode(self.encoders, wanted, rng)
+        )
 
-    return flow_matching_loss(velocity, data, noise, t)
+        def velocity(z: Tensor, t: Tensor) -> Tensor:
+            return self.compiled(z, flow.TRAINED_TIMES * t, context, pooled)
+
+        return Losses(flow_matching_losses(velocity, data[part], noise[part], t), t)

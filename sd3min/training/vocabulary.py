@@ -14,20 +14,12 @@ from typing import Any
 
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from sd3min.training.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES
+from sd3min.training import captions
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 FOLDERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # as in a diffusers checkpoint
-LENGTH = 16  # tokens that each encoder reads
-WORDS = [
-    "a",
-    "an",
-    "on",
-    *COLOURS,
-    *SHAPES,
-    *BACKGROUNDS,
-    *(word for r in RELATIONS for word in r.split()),
-]
+LENGTH = 24  # tokens that each encoder reads
+WORDS = captions.vocabulary()
 
 
 def byte_letters() -> list[str]:
