@@ -1,20 +1,22 @@
 """The moving average of weights while they are trained, which often draws better than the last."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from sd3min.config import Refusal
 
 
 class Average:
     """w̄ ← d·w̄ + (1 − d)·w after every step, d at first smaller; a decay of 0 keeps no average."""
 
-    def __init__(self, module: nn.Module, decay: float):
+    def __init__(self, weights: Mapping[str, Tensor], decay: float):
         if not 0 <= decay < 1:
-            raise ValueError(f"the average's decay must be in [0, 1), not {decay}")
+            raise Refusal(f"the average's decay must be in [0, 1), not {decay}")
         self.decay, self.steps = decay, 0
-        self.live = {n: p for n, p in module.named_parameters() if p.requires_grad and decay}
+        self.live = dict(weights) if decay else {}
         self.kept = {name: p.detach().clone() for name, p in self.live.items()}
 
     @torch.no_grad()
@@ -37,16 +39,16 @@ class Average:
             self.kept[name].copy_(tensor)
 
     @torch.no_grad()
-    def copy_to_task(self) -> None:
-        """Leave the average in the module for good."""
+    def settle(self) -> None:
+        """Leave the average in the weights' place for good."""
         for name, parameter in self.live.items():
             parameter.copy_(self.kept[name])
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The average in the module for a while, then the weights again."""
+        """The average in the weights' place for a while, then the weights again."""
         before: dict[str, Tensor] = {n: p.detach().clone() for n, p in self.live.items()}
-        self.copy_to_task()
+        self.settle()
         yield
         with torch.no_grad():
             for name, parameter in self.live.items():

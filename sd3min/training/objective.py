@@ -14,7 +14,7 @@ def logit_normal_times(
     return flow.shift_times(torch.randn(count, generator=generator).sigmoid(), shift)
 
 
-def flow_matching_losses(
+def velocity_errors(
     velocity: flow.Velocity, data: Tensor, noise: Tensor, t: Float[Tensor, " b"]
 ) -> Float[Tensor, " b"]:
     """Mean over channels and places of |v(z_t, t) − (ε − x0)|², for each picture (§2, Eq. 8)."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -19,7 +20,7 @@ from sd3min.mmdit import MMDiT, position_table
 from sd3min.text_encoders import Conditioning, TextEncoders
 from sd3min.training import captions, scenes
 from sd3min.training.images import drawn
-from sd3min.training.objective import flow_matching_losses, logit_normal_times
+from sd3min.training.objective import velocity_errors, logit_normal_times
 from sd3min.training.trainer import Losses, Task, save
 
 NO_CAPTION = 0.1  # of the captions are left empty, for guidance
@@ -92,6 +93,20 @@ def misread(scene: scenes.Scene, rng: random.Random) -> scenes.Scene:
             return heard
 
 
+def leave_out(
+    encoders: TextEncoders, conditioning: Conditioning, kept: Float[Tensor, "b 3"]
+) -> Conditioning:
+    """Zeros in the place of what CLIP-L, CLIP-G or T5 says, where `kept` is 0 (App. B.3)."""
+    clips = [encoders.clip_l.config, encoders.clip_g.config]
+    l_width, g_width = (clip.hidden_size for clip in clips)
+    rows, (context, pooled) = clips[0].max_position_embeddings, conditioning
+    clip = kept[:, :2].repeat_interleave(torch.tensor([l_width, g_width]), dim=1)
+    columns = F.pad(clip, (0, context.shape[-1] - l_width - g_width))[:, None]
+    t5 = kept[:, 2, None, None].expand(-1, context.shape[1] - rows, -1)
+    mask = torch.cat([columns.expand(-1, rows, -1), t5.expand(-1, -1, context.shape[-1])], dim=1)
+    return Conditioning(context * mask, pooled * clip)
+
+
 def encode(
     encoders: TextEncoders, wanted: Sequence[scenes.Scene], rng: random.Random
 ) -> Conditioning:
@@ -111,17 +126,10 @@ def encode(
 
     pairs = zip(wanted, kept[:, 2].tolist(), strict=True)
     heard = said([misread(scene, rng) if has_t5 else scene for scene, has_t5 in pairs])
-    clips = [
-        Conditioning(rows * has[:, None, None], pooled * has[:, None])
-        for index, model in enumerate((encoders.clip_l, encoders.clip_g))
-        for has, (rows, pooled) in [(kept[:, index], encoders.clip_rows(model, index, heard))]
-    ]
+    clip, pooled = encoders.both_clips(heard)
     with torch.no_grad():
-        t5 = encoders.t5_rows(said(wanted), encoders.t5_length) * kept[:, 2, None, None]
-    clip = torch.cat([rows for rows, _ in clips], dim=-1)
-    clip = F.pad(clip, (0, encoders.context_width - clip.shape[-1]))
-    pooled = torch.cat([pooled for _, pooled in clips], dim=-1)
-    return Conditioning(torch.cat([clip, t5.to(clip)], dim=1), pooled)
+        t5 = encoders.t5_rows(said(wanted), encoders.t5_length)
+    return leave_out(encoders, Conditioning(torch.cat([clip, t5.to(clip)], dim=1), pooled), kept)
 
 
 class TextToImage(Task):
@@ -150,4 +158,4 @@ class TextToImage(Task):
         def velocity(z: Tensor, t: Tensor) -> Tensor:
             return self.compiled(z, flow.TRAINED_TIMES * t, context, pooled)
 
-        return Losses(flow_matching_losses(velocity, data[part], noise[part], t), t)
+        return Losses(velocity_errors(velocity, data[part], noise[part], t), t)

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sd3min.config import Refusal
 from sd3min.training.ema import Average
 
 
@@ -89,7 +90,7 @@ def shares(recipe: Recipe, rank: int, processes: int) -> list[slice]:
     """The parts of a batch that a process works through, one after the other."""
     parts = processes * recipe.accumulation
     if recipe.batch % parts:
-        raise ValueError(
+        raise Refusal(
             f"a batch of {recipe.batch} does not divide among {processes} processes of "
             f"{recipe.accumulation} parts each; choose a multiple of {parts}"
         )
@@ -106,12 +107,13 @@ def by_time(values: Tensor, times: Tensor, bins: int = 4) -> dict[str, float]:
 
 
 class Run:
-    """A task on its way: weights, optimizer and step, kept together in one file."""
+    """A task on its way: trained weights, optimizer and step, kept together in one file."""
 
     def __init__(self, task: Task, recipe: Recipe, path: Path):
         self.recipe, self.path, self.step = recipe, path, 0
         self.accelerator = Accelerator(mixed_precision=recipe.precision)
-        self.parameters = [p for p in task.parameters() if p.requires_grad]
+        self.trained = {n: p for n, p in task.named_parameters() if p.requires_grad}
+        self.parameters = list(self.trained.values())
         optimizer = torch.optim.AdamW(
             self.parameters,
             lr=0.0,
@@ -121,16 +123,21 @@ class Run:
             fused=True,
         )
         self.task = task
-        self.average = Average(task, recipe.average)
+        self.average = Average(self.trained, recipe.average)
         self.model, self.optimizer = self.accelerator.prepare(task, optimizer)
         self.parts = shares(recipe, self.accelerator.process_index, self.accelerator.num_processes)
         if path.exists():
             self._resume()
 
     def _resume(self) -> None:
-        """Go on from the checkpoint; what was logged after it will be logged again."""
+        """Go on from the checkpoint; Refusal where it is of another task."""
         state = torch.load(self.path, map_location="cpu")
-        self.task.load_state_dict(state["task"])
+        fits = {n: p.shape for n, p in self.trained.items()}
+        if {n: p.shape for n, p in state["trained"].items()} != fits:
+            raise Refusal(f"{self.path} is of another run: name another folder, or remove it")
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(state["trained"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load_state_dict(state["average"])
         self.step = state["step"]
@@ -139,7 +146,7 @@ class Run:
         """Write the checkpoint, from the first process."""
         if self.accelerator.is_main_process:
             state = {
-                "task": self.task.state_dict(),
+                "trained": {name: p.detach() for name, p in self.trained.items()},
                 "optimizer": self.optimizer.state_dict(),
                 "average": self.average.state_dict(),
                 "step": self.step,
@@ -221,4 +228,4 @@ def fit(
             if main and (run.step % look_every == 0 or run.step == recipe.steps):
                 with run.average.in_place():
                     look(run.step)
-    run.average.copy_to_task()
+    run.average.settle()

@@ -1,0 +1,210 @@
+"""Pictures with captions from a folder or from a dataset, fitted into buckets of nearly their own
+shape, and their latents kept on disk by content."""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from sd3min.autoencoder import Autoencoder
+from sd3min.config import Refusal
+from sd3min.pipeline import to_tensor
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+SIDE = 16  # pixels that the sides of a picture are multiples of
+MOST_STRETCH = 2.0  # of a bucket: the longer side over the shorter
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture, as a file or in memory, and what is said of it."""
+
+    picture: Path | Image.Image
+    caption: str
+    name: str
+
+    def open(self) -> Image.Image:
+        """The picture in RGB, upright; Refusal names one that cannot be read."""
+        try:
+            image = self.picture
+            image = Image.open(image) if isinstance(image, Path) else image
+            return ImageOps.exif_transpose(image).convert("RGB")
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            raise Refusal(f"the picture {self.name} cannot be read: {error}") from None
+
+
+def captions_of(folder: Path) -> dict[str, str]:
+    """What the lines of a folder's metadata.jsonl say: file_name and text, as in datasets."""
+    path, found = folder / "metadata.jsonl", {}
+    if not path.exists():
+        return {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            told = json.loads(line)
+            found[told["file_name"]] = str(told.get("text", told.get("caption")) or told["prompt"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise Refusal(
+                f"{path}, line {number}, must be JSON with file_name and text: {line[:80]!r}"
+            ) from None
+    return found
+
+
+def read_folder(folder: Path, caption: str | None = None) -> list[Example]:
+    """Pictures of a folder, in the order of their names, each with its caption: of the .txt beside
+    it, of metadata.jsonl, or `caption`, in this order."""
+    if not folder.is_dir():
+        raise Refusal(f"{folder} is not a folder of pictures")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise Refusal(f"{folder} has no pictures ({', '.join(sorted(SUFFIXES))})")
+    told, examples = captions_of(folder), []
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        text = path.with_suffix(".txt")
+        words = text.read_text(encoding="utf-8").strip() if text.exists() else told.get(name, caption)
+        if words is None:
+            raise Refusal(
+                f"{path} has no caption: write {text.name} beside it, a line in metadata.jsonl, "
+                "or give one prompt for all"
+            )
+        examples.append(Example(path, words, str(path)))
+    missing = sorted(set(told) - {path.relative_to(folder).as_posix() for path in paths})
+    if missing:
+        raise Refusal(f"metadata.jsonl names pictures that are not there: {', '.join(missing[:5])}")
+    return examples
+
+
+def read_dataset(
+    name: str, picture: str = "image", text: str | None = None, caption: str | None = None
+) -> list[Example]:
+    """The pictures of a Hugging Face dataset's split "train", by name or folder, with `text` as the
+    column of captions, or one caption for all."""
+    import datasets
+
+    try:
+        if (Path(name) / "dataset_info.json").exists():
+            rows: Any = datasets.load_from_disk(name)
+        else:
+            rows = datasets.load_dataset(name, split="train")
+    except Exception as error:  # of many kinds, by where the dataset is sought
+        raise Refusal(f"the dataset {name} cannot be loaded: {error}") from None
+    for column in (picture, text):
+        if column is not None and column not in rows.column_names:
+            raise Refusal(f"the dataset {name} has no column {column!r}: {rows.column_names}")
+    if text is None and caption is None:
+        raise Refusal(f"name the dataset's column of captions, or one prompt for all: {name}")
+    return [
+        Example(row[picture], str(row[text]) if text else str(caption), f"{name}, row {i}")
+        for i, row in enumerate(rows)
+    ]
+
+
+def bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
+    """Sides nearest to a picture's shape, multiples of 16, of about resolution² pixels at most."""
+    stretch = min(max(width / height, 1 / MOST_STRETCH), MOST_STRETCH)
+    across = round(resolution * math.sqrt(stretch) / SIDE) * SIDE
+    down = max(SIDE, resolution * resolution // across // SIDE * SIDE)
+    return across, down
+
+
+def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture scaled to cover a size and cut at its middle."""
+    return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Posteriors of examples of one size, in the order of their indices."""
+
+    size: tuple[int, int]
+    indices: list[int]
+    mean: torch.Tensor
+    logvar: torch.Tensor
+
+
+class LatentCache:
+    """Posteriors of pictures, kept in a folder by what decides them: pixels and autoencoder."""
+
+    def __init__(self, autoencoder: Autoencoder, folder: Path):
+        self.autoencoder, self.folder = autoencoder, folder
+        digest = hashlib.sha256()
+        for name, tensor in autoencoder.encoder.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().data)
+        self.key = f"{digest.hexdigest()} {next(autoencoder.parameters()).dtype}"
+
+    def path(self, image: Image.Image) -> Path:
+        """The file of a picture's posterior."""
+        digest = hashlib.sha256(f"{self.key} {image.size}".encode())
+        digest.update(image.tobytes())
+        return self.folder / f"{digest.hexdigest()}.safetensors"
+
+    @torch.no_grad()
+    def posterior(self, image: Image.Image) -> dict[str, torch.Tensor]:
+        """Mean and log-variance, [c, h, w] each, in float32; encoded where they are not kept."""
+        path = self.path(image)
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError):
+            parameter = next(self.autoencoder.parameters())
+            moments = self.autoencoder.moments(to_tensor(image).to(parameter))
+            found = {
+                name: m[0].float().cpu().contiguous()
+                for name, m in zip(("mean", "logvar"), moments, strict=True)
+            }
+            self.write(path, found)
+            return found
+
+    def write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        """Keep a posterior, whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            try:
+                save_file(tensors, Path(folder) / path.name)
+                os.replace(Path(folder) / path.name, path)
+            except (OSError, SafetensorError) as error:
+                raise Refusal(f"{path} cannot be written: {error}") from None
+
+    def encode(self, examples: Sequence[Example], resolution: int) -> list[Encoded]:
+        """All examples' posteriors, by bucket."""
+        found: dict[tuple[int, int], list[tuple[int, dict[str, torch.Tensor]]]] = {}
+        for i, example in enumerate(tqdm(examples, desc="latents", leave=False)):
+            image = example.open()
+            size = bucket(*image.size, resolution)
+            found.setdefault(size, []).append((i, self.posterior(fitted(image, size))))
+        return [
+            Encoded(
+                size,
+                [i for i, _ in members],
+                torch.stack([posterior["mean"] for _, posterior in members]),
+                torch.stack([posterior["logvar"] for _, posterior in members]),
+            )
+            for size, members in sorted(found.items(), key=lambda pair: pair[0])
+        ]
+
+
+def batches(sizes: Sequence[int], batch: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+    """Bucket and places in it for one batch after another, for ever: every example once in an epoch,
+    a bucket's last batch filled up from its start."""
+    epoch = 0
+    while True:
+        generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
+        found = []
+        for which, size in enumerate(sizes):
+            order = torch.randperm(size, generator=generator).tolist()
+            filled = [order[i % size] for i in range(math.ceil(size / batch) * batch)]
+            found += [(which, filled[i : i + batch]) for i in range(0, len(filled), batch)]
+        for i in torch.randperm(len(found), generator=generator).tolist():
+            yield found[i]
+        epoch += 1
