@@ -8,10 +8,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from sd3min import checkpoint, flow, loading, options, pipeline
+from sd3min import checkpoint, flow, gallery, loading, options, pipeline
 from sd3min.config import Refusal
 from sd3min.conventions import CONVENTIONS, WITHOUT_T5
-from sd3min.record import Record, current_versions, read_record
+from sd3min.record import Record, current_versions, pixel_hash, read_record
 from sd3min.settings import check_call
 
 MOST_PICTURES = 100  # of one run: their numbers have two digits
@@ -33,6 +33,18 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add("--num-images", type=options.whole, help="pictures of each prompt (default: 1)")
     out = "PNG to write; several pictures are numbered (default: named after the prompt)"
     add("--out", type=Path, metavar="PNG", help=out)
+    add_gallery(parser)
+
+
+def add_gallery(parser: argparse.ArgumentParser) -> None:
+    """Options of many pictures."""
+    add = parser.add_argument_group("many pictures").add_argument
+    prompts = "text with one prompt a line; picture i has the seed --seed (default: 0) + i"
+    add("--prompts", type=Path, metavar="FILE", help=prompts)
+    folder = "holds 000000.png and so on; what is there already is not made again"
+    add("--out-dir", type=Path, metavar="FOLDER", help=folder)
+    batch = "pictures at once (default: 1, which makes each as it is alone, bit for bit)"
+    add("--batch", type=options.whole, metavar="NUMBER", help=batch)
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
@@ -152,8 +164,62 @@ def check_origin(
             warnings.warn(f"{then}, this is {version}: pixels may differ", stacklevel=2)
 
 
+def check_gallery(arguments: argparse.Namespace) -> None:
+    """Refuse options that go with one picture, or with many, alone."""
+    if not arguments.prompts or not arguments.out_dir:
+        raise Refusal("--prompts, --out-dir and --batch go together: pass the first two at least")
+    for given, option in ((arguments.prompt, "a prompt"), (arguments.like, "--like")):
+        if given:
+            raise Refusal(f"--prompts names a file of prompts: leave out {option}")
+    if arguments.out:
+        raise Refusal(f"--out {arguments.out} is for a prompt: name a folder with --out-dir")
+
+
+def open_weights(arguments: argparse.Namespace, t5: bool) -> checkpoint.Checkpoint:
+    """The headers of the weights."""
+    opened = checkpoint.Checkpoint.open(
+        arguments.weights,
+        arguments.text_encoders,
+        arguments.tokenizers,
+        checkpoint.part_names(t5),
+    )
+    opened.require(["mmdit"])
+    return opened
+
+
+def run_gallery(arguments: argparse.Namespace) -> None:
+    """Make the pictures of a file of prompts that are not there yet, and list all when they are."""
+    check_gallery(arguments)
+    batch = gallery.check_batch(1 if arguments.batch is None else arguments.batch)
+    rank, processes = gallery.share()
+    prompts = gallery.read_prompts(arguments.prompts)
+    call: dict[str, Any] = {"seed": 0} | given_call(arguments) | {"prompt": prompts}
+    call |= given_pictures(arguments, None)
+    t5 = arguments.t5 or not arguments.no_t5
+    opened = open_weights(arguments, bool(t5))
+    checked = check_call(opened.parts["mmdit"].config, opened.defaults, **call)
+    how = arguments.device, arguments.dtype, t5, arguments.memory, arguments.mmdit, arguments.cache
+    loading.check(opened, *how[2:])
+    dtype, _ = opened.placement(*how[:2])
+    common = {
+        "init_image": pixel_hash(call["init_image"]),
+        "mask_image": pixel_hash(call["mask_image"], "L"),
+        "t5": bool(t5),
+        "dtype": str(dtype).removeprefix("torch."),
+        "weights": opened.fingerprint(),
+    }
+    gallery.check_folder(arguments.out_dir)
+    pictures = gallery.Gallery(arguments.out_dir, gallery.records(checked, common))
+    pictures.make(lambda: loading.assemble(opened, *how), call, batch, rank, processes)
+    manifest = pictures.write_manifest()
+    if manifest:
+        print(manifest)
+
+
 def run_generate(arguments: argparse.Namespace) -> None:
     """Make pictures and say where they are; everything is checked before the weights are read."""
+    if arguments.prompts or arguments.out_dir or arguments.batch is not None:
+        return run_gallery(arguments)
     record = read_record(arguments.like) if arguments.like else None
     call: dict[str, Any] = record.call if record else {}
     call = call | given_call(arguments)
@@ -167,13 +233,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     dtype, t5 = arguments.dtype, arguments.t5 or not arguments.no_t5
     if record:
         dtype, t5 = dtype or record.dtype, t5 if record.t5 is not False else False
-    opened = checkpoint.Checkpoint.open(
-        arguments.weights,
-        arguments.text_encoders,
-        arguments.tokenizers,
-        checkpoint.part_names(bool(t5)),
-    )
-    opened.require(["mmdit"])
+    opened = open_weights(arguments, bool(t5))
     check_call(opened.parts["mmdit"].config, opened.defaults, **call)
     if record:
         check_origin(record, arguments, opened)

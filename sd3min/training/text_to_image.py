@@ -20,7 +20,7 @@ from sd3min.mmdit import MMDiT, position_table
 from sd3min.text_encoders import Conditioning, TextEncoders
 from sd3min.training import captions, scenes
 from sd3min.training.images import drawn
-from sd3min.training.objective import velocity_errors, logit_normal_times
+from sd3min.training.objective import paper, velocity_errors
 from sd3min.training.trainer import Losses, Task, save
 
 NO_CAPTION = 0.1  # of the captions are left empty, for guidance
@@ -140,7 +140,7 @@ class TextToImage(Task):
     ):
         super().__init__()
         self.mmdit, self.encoders = mmdit, encoders
-        self.latents, self.batch, self.shift = latents, batch, shift
+        self.latents, self.batch, self.objective = latents, batch, paper(shift=shift)
         self.compiled = torch.compile(mmdit.forward)
 
     def forward(self, step: int, part: slice) -> Losses:
@@ -150,7 +150,7 @@ class TextToImage(Task):
         wanted = [self.latents.scenes[i] for i in indices.tolist()]
         data = self.latents[indices].repeat_interleave(DRAWS, dim=0)
         noise = torch.randn(data.shape, generator=generator)
-        t = logit_normal_times(len(data), self.shift, generator)[part]
+        t = self.objective.times.sample(len(data), generator)[part]
         context, pooled = (
             whole.repeat_interleave(DRAWS, dim=0)[part] for whole in encode(self.encoders, wanted, rng)
         )
