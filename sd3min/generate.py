@@ -44,6 +44,8 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     add("--text-encoders", type=Path, nargs="+", metavar="PATH", help=encoders)
     tokenizers = "holds tokenizer, tokenizer_2, tokenizer_3 (default: beside the weights)"
     add("--tokenizers", type=Path, metavar="FOLDER", help=tokenizers)
+    lora = "file of a LoRA, and how much it counts (default: 1); may be given several times"
+    add("--lora", type=options.lora, action="append", metavar="FILE:SCALE", help=lora)
     add_placement(parser)
     folder = "keep prompts' embeddings, so that the next run of a prompt loads no text encoder"
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help=folder)
@@ -152,6 +154,30 @@ def check_origin(
             warnings.warn(f"{then}, this is {version}: pixels may differ", stacklevel=2)
 
 
+def find_loras(record: Record, picture: Path) -> list[tuple[Path, float]]:
+    """The LoRAs that a picture was made with, here or beside it."""
+    found = []
+    for name, fingerprint, scale in record.loras or ():
+        places = [
+            place
+            for place in (Path(Path(name).name), picture.parent / Path(name).name)
+            if place.is_file()
+        ]
+        path = next((p for p in places if checkpoint.fingerprint(p) == fingerprint), None)
+        if path is None:
+            made = f"{picture} was made with the LoRA {name} of fingerprint {fingerprint[:16]}"
+            raise Refusal(f"{made}, which is not here: pass it as --lora FILE:{scale:g}")
+        found.append((path, scale))
+    return found
+
+
+def check_loras(record: Record, picture: Path, pipe: pipeline.Pipeline) -> None:
+    """Warn of other LoRAs than a picture was made with."""
+    made = sorted((fingerprint, scale) for _, fingerprint, scale in record.loras or ())
+    if made != sorted((lora.fingerprint, lora.scale) for lora in pipe.loras):
+        warnings.warn(f"{picture} was made with other LoRAs: another picture", stacklevel=2)
+
+
 def run_generate(arguments: argparse.Namespace) -> None:
     """Make pictures and say where they are; everything is checked before the weights are read."""
     record = read_record(arguments.like) if arguments.like else None
@@ -178,7 +204,10 @@ def run_generate(arguments: argparse.Namespace) -> None:
     if record:
         check_origin(record, arguments, opened)
     how = arguments.memory, arguments.mmdit, arguments.cache
-    pipe = loading.assemble(opened, arguments.device, dtype, t5, *how)
+    loras = arguments.lora or (find_loras(record, arguments.like) if record else None)
+    pipe = loading.assemble(opened, arguments.device, dtype, t5, *how, loras)
+    if record:
+        check_loras(record, arguments.like, pipe)
     for image, path in zip(pipe(**call, progress=sys.stderr.isatty()), paths, strict=True):
         pipeline.save(image, path)
         print(path)
