@@ -97,7 +97,8 @@ class LoRALinear(nn.Linear):
         output = super().forward(input)
         if self.kept is None:
             for change in self.changes:
-                output[..., change.rows] += change(input).to(output.dtype)
+                around = change.rows.start, self.out_features - change.rows.stop
+                output = output + F.pad(change(input).to(output.dtype), around)
         return output
 
     def merge(self) -> None:

@@ -133,7 +133,7 @@ def misfits(found: Mapping[str, Stored], place: Place) -> list[str]:
         "up": found["up"].shape[:2] == [height, rank] and values["up"] == height * rank,
         "alpha": values.get("alpha") == 1,
         "magnitude": found.get("magnitude", found["up"]).shape
-        in ([height], [height, 1], [1, width]),
+        in ([height], [height, 1], [1, width], [1, height, 1, 1], [height, 1, 1, 1]),
     }
     words = f"for a layer of {width} to {height} values"
     return [f"{t.name} of shape {t.shape} {words}" for kind, t in found.items() if not fits[kind]]
@@ -155,7 +155,7 @@ def change(opened: Opened, stem: str, found: Mapping[str, Stored], place: Place)
     down, up = values["down"].flatten(1), values["up"].flatten(1)
     lengths, layer = values.get("magnitude"), place.layer
     if lengths is not None:
-        lengths = lengths if lengths.dim() == 2 else lengths[:, None]
+        lengths = lengths if lengths.dim() == 2 else lengths.reshape(-1, 1)
     if not place.dialect.official:
         up = layer.back(up)
         lengths = layer.back(lengths) if lengths is not None and len(lengths) > 1 else lengths
