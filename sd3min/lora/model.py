@@ -48,15 +48,16 @@ def add(
     modules: Modules,
     rank: int = 4,
     alpha: float | None = None,
-    targets: Sequence[str] = TARGETS,
+    targets: Sequence[str] | None = None,
     generator: torch.Generator | None = None,
 ) -> LoRA:
     """Put a new LoRA beside the layers of modules, and freeze everything but it.
 
-    `alpha` is the rank where it is left out. `targets` are ends of names, diffusers' or official,
-    in which * stands for anything: "attn.to_q" is the query rows of a fused layer, "attn.qkv" all
-    of them under one pair of matrices. A is normal with deviation 1/rank and B zero, as PEFT's
-    "gaussian" has it, both at least in float32. Raises Refusal where a target finds nothing.
+    `alpha` is the rank where it is left out. `targets`, by default `TARGETS`, are ends of names,
+    diffusers' or official, in which * stands for anything: "attn.to_q" is the query rows of a fused
+    layer, "attn.qkv" all of them under one pair of matrices. A is normal with deviation 1/rank and
+    B zero, as PEFT's "gaussian" has it, both at least in float32. Raises Refusal where a target
+    finds nothing.
     """
     alpha = rank if alpha is None else alpha
     if rank < 1 or not math.isfinite(alpha):
@@ -66,10 +67,10 @@ def add(
         for part, module in modules.items()
         for layer in layers(part, shapes(module))
         if isinstance(module.get_submodule(layer.name), nn.Linear)
-        for rows in targeted(layer, targets)
+        for rows in targeted(layer, TARGETS if targets is None else targets)
     ]
     known = [name for layer, _ in found for name in (layer.name, *layer.pieces)]
-    if idle := [target for target in targets if not matched(target, known) and given(targets)]:
+    if idle := [target for target in targets or () if not matched(target, known)]:
         raise Refusal(f"target {some(idle)} is the end of no layer's name: pass one as attn.to_q")
     if not found:
         raise Refusal(f"no layer of {', '.join(modules)} is a target: pass names of layers")
@@ -87,11 +88,6 @@ def add(
     return attach(modules, made)
 
 
-def given(targets: Sequence[str]) -> bool:
-    """Whether targets were chosen: the usual ones are of several parts, not all of them there."""
-    return targets is not TARGETS
-
-
 def shapes(module: nn.Module) -> dict[str, list[int]]:
     """The shapes of a module's tensors."""
     return {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -102,9 +98,8 @@ def matched(target: str, names: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(f".{name}", f"*.{target}") for name in names)
 
 
-def targeted(layer: Layer, targets: Iterable[str]) -> list[slice]:
+def targeted(layer: Layer, targets: Sequence[str]) -> list[slice]:
     """The rows of a layer that targets name: all of them at once, or one piece or more."""
-    targets = list(targets)
     if any(matched(target, [layer.name]) for target in targets):
         return [layer.whole]
     pieces = [name for name in layer.pieces if any(matched(target, [name]) for target in targets)]

@@ -137,12 +137,13 @@ STRANGERS = {  # what a file is that holds such names
     "lokr_": "LoKr, which is not read",
     "hada_": "LoHa, which is not read",
     "oft_": "OFT, which is not read",
-    ".diff": "whole differences, which are not read",
+    ".diff.": "whole differences, which are not read",
     "double_blocks": "a LoRA of Flux",
     "single_transformer_blocks": "a LoRA of Flux",
     "input_blocks": "a LoRA of Stable Diffusion 1, 2 or XL",
     "down_blocks": "a LoRA of Stable Diffusion 1, 2 or XL",
     "controlnet": "a ControlNet",
+    "model.diffusion_model.": "weights of a whole model",
 }
 
 

@@ -142,11 +142,13 @@ def misfits(found: Mapping[str, Stored], place: Place) -> list[str]:
 def looks(opened: Opened) -> str:
     """What a file seems to be, in words that a fault follows."""
     names = [*opened.stems, *opened.unknown]
-    kind = next((k for mark, k in STRANGERS.items() if any(mark in name for name in names)), "")
+    kind = next(
+        (k for mark, k in STRANGERS.items() if any(mark in f"{name}." for name in names)), ""
+    )
     dialect = next((found for stem in opened.stems if (found := prefix(stem)[0])), None)
     if kind:
         return f"looks like {kind}, and "
-    return f"looks like {dialect.title}'s, and " if dialect else ""
+    return f"looks like one of {dialect.title}, and " if dialect else ""
 
 
 def change(opened: Opened, stem: str, found: Mapping[str, Stored], place: Place) -> LowRank:

@@ -28,7 +28,7 @@ def summary(path: Path) -> str:
             lines.append(f"  {title:12} {described(opened, part, stems)}")
     found = [dialect.title for stem in opened.stems if (dialect := prefix(stem)[0])]
     kinds = Counter(found).most_common(1)
-    named = f"in {kinds[0][0]}'s names" if kinds else "in names that are not known"
+    named = f"in the names of {kinds[0][0]}" if kinds else "in names that are not known"
     dora = any("magnitude" in found for found in opened.stems.values())
     unread = [stem for stem in opened.stems if not prefix(stem)[0]] + opened.unknown
     lines += [f"  not known: {some(unread)}"] if unread else []
