@@ -253,8 +253,9 @@ def test_inspect_says_what_a_lora_is(here, capsys):
     assert cli.main(["inspect", "network.safetensors", "kohya.safetensors"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["network.safetensors", "  LoRA in the names of diffusers"]
-    said = "  MMDiT        22 layers, rank 3, alpha 5, for a width of 128: "
-    assert lines[2].startswith(f"{said}transformer_blocks.*.attn.to_q")
+    layers = 10 + 6 + 6 + 4 + 1 + 2  # two streams of two blocks, the final layer, t and y
+    said = f"  MMDiT        {layers} layers, rank 3, alpha 5, for a width of 128: "
+    assert lines[2].startswith(said) and "transformer_blocks.*.attn.to_q, " in lines[2]
     assert lines[3:5] == ["kohya.safetensors", "  LoRA in the names of kohya"]
     assert "joint_blocks_*_x_block_attn2_qkv" in lines[5]
     tensors = load_file("kohya.safetensors")

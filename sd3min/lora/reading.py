@@ -141,7 +141,6 @@ def misfits(found: Mapping[str, Stored], place: Place) -> list[str]:
 
 def looks(opened: Opened) -> str:
     """What a file seems to be, in words that a fault follows."""
-    names = [*opened.stems, *opened.unknown]
     kind = next(
         (k for mark, k in STRANGERS.items() if any(mark in f"{name}." for name in names)), ""
     )
