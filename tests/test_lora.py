@@ -175,6 +175,50 @@ def test_what_makes_no_lora_is_refused_and_freezes_nothing(given, said, mmdit):
     assert not any(isinstance(module, LoRALinear) for module in mmdit.modules())
 
 
+@pytest.mark.parametrize("across", [True, False], ids=["columns", "rows"])
+def test_dora_gives_rows_or_columns_the_lengths_that_it_has(across, mmdit, tmp_path):
+    """The lengths of rows are PEFT's, those of columns are found in files of LyCORIS."""
+    kept, parts = weights(mmdit)[f"{QKV}.weight"], {"mmdit": mmdit}
+    generator = torch.Generator().manual_seed(4)
+    down, up, lengths = (
+        torch.randn(size, generator=generator, dtype=torch.float64).abs()
+        for size in ((3, 128), (384, 3), (1, 128) if across else (384, 1))
+    )
+    stem = f"lora_unet_{QKV.replace('.', '_')}"
+    values = {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": lengths}
+    tensors = {f"{stem}.{name}": value for name, value in values.items()}
+    save_file(tensors | {f"{stem}.alpha": torch.tensor(1.5)}, tmp_path / "dora.safetensors")
+    lora.attach(parts, lora.read(tmp_path / "dora.safetensors", parts), 0.5)
+
+    by_hand = kept + 0.5 * 1.5 / 3 * up @ down
+    by_hand = by_hand * lengths / by_hand.square().sum(0 if across else 1, keepdim=True).sqrt()
+    linear, x = mmdit.get_submodule(QKV), torch.ones(2, 3, 128, dtype=torch.float64)
+    expected = nn.functional.linear(x, by_hand, linear.bias)
+    torch.testing.assert_close(linear(x), expected, rtol=0, atol=EXACT)
+    lora.merge(parts)
+    torch.testing.assert_close(linear.weight.data, by_hand, rtol=0, atol=EXACT)
+    torch.testing.assert_close(linear(x), expected, rtol=0, atol=EXACT)
+    if across:
+        with pytest.raises(Refusal, match="has DoRA's lengths of columns: save as kohya"):
+            lora.save(lora.read(tmp_path / "dora.safetensors", parts), tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_dora_of_some_rows_is_refused_where_kohyas_names_cannot_say_it(missing, mmdit, tmp_path):
+    made = fill(lora.add({"mmdit": mmdit}, 2, targets=["attn.to_q", "attn.to_k", "attn.to_v"]))
+    for layer, change in made:
+        if not (missing and layer.name == QKV and change.rows.start):
+            change.magnitude = nn.Parameter(torch.ones(128, 1, dtype=torch.float64))
+    if missing:
+        with pytest.raises(Refusal, match=f"DoRA changes some rows of {QKV} alone"):
+            lora.save(made, tmp_path / "kohya.safetensors", "kohya")
+        with pytest.raises(Refusal, match="DoRA changes some layers alone"):
+            lora.save(made, tmp_path / "diffusers.safetensors")
+        assert not list(tmp_path.iterdir())
+    else:
+        lora.save(made, tmp_path / "kohya.safetensors", "kohya")
+
+
 # files
 
 

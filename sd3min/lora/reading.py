@@ -141,9 +141,8 @@ def misfits(found: Mapping[str, Stored], place: Place) -> list[str]:
 
 def looks(opened: Opened) -> str:
     """What a file seems to be, in words that a fault follows."""
-    kind = next(
-        (k for mark, k in STRANGERS.items() if any(mark in f"{name}." for name in names)), ""
-    )
+    named = " ".join(f"{name}." for name in (*opened.stems, *opened.unknown))
+    kind = next((kind for mark, kind in STRANGERS.items() if mark in named), "")
     dialect = next((found for stem in opened.stems if (found := prefix(stem)[0])), None)
     if kind:
         return f"looks like {kind}, and "
