@@ -1,6 +1,6 @@
 """Stable Diffusion 3 from scratch: everything between a prompt and its picture."""
 
-from sd3min import flow
+from sd3min import flow, lora
 from sd3min.checkpoint import load_autoencoder, load_mmdit, load_text_encoders
 from sd3min.config import Refusal
 from sd3min.conventions import CONVENTIONS, Conventions
@@ -22,6 +22,7 @@ __all__ = [
     "load_autoencoder",
     "load_mmdit",
     "load_text_encoders",
+    "lora",
     "read_record",
     "save",
 ]

@@ -19,7 +19,7 @@ from sd3min.autoencoder import Autoencoder
 from sd3min.config import T5_XXL, Defaults, MMDiTConfig, Refusal, released_name
 from sd3min.folder import read_shift
 from sd3min.mmdit import MMDiT
-from sd3min.parts import PREFIXES, TITLES, Part, Unfit, fill, unfitness
+from sd3min.parts import PREFIXES, TITLES, LoRAOrigin, Part, Unfit, fill, unfitness
 from sd3min.sources import is_folder, open_path
 from sd3min.text_encoders import PreTrainedTokenizerBase, TextEncoders
 
@@ -183,6 +183,11 @@ class Checkpoint:
         return (
             prints[0] if len(prints) == 1 else hashlib.sha256("".join(prints).encode()).hexdigest()
         )
+
+    @property
+    def loras(self) -> tuple[LoRAOrigin, ...]:
+        """The LoRAs that its parts are changed by."""
+        return tuple(dict.fromkeys(lora for part in self.parts.values() for lora in part.loras))
 
     def context_width(self) -> int:
         """Width of the context; refused where the encoders fit neither each other nor the MMDiT."""

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from sd3min import checkpoint, hub, loading, options, pipeline, probes
+from sd3min import checkpoint, hub, loading, lora, options, pipeline, probes
 from sd3min.config import Refusal, released_name
 from sd3min.conventions import CONVENTIONS, find_conventions
 from sd3min.convert import convert
@@ -117,10 +117,13 @@ def types(part: Part) -> str:
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
-    """Print a line for each part, where it is, and what is missing for a picture.
+    """Print a line for each part, where it is, and what is missing for a picture; or of LoRAs.
 
     Of names on the hub headers alone are downloaded, to a folder that no sentence shows.
     """
+    if arguments.path and all(map(lora.is_lora, arguments.path)):
+        print("\n".join(map(lora.summary, arguments.path)))
+        return
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
             found = [hub.outline(path, list(TITLES), Path(folder)) for path in arguments.path]

@@ -11,6 +11,7 @@ from typing import Any
 from sd3min import checkpoint, flow, gallery, loading, options, pipeline
 from sd3min.config import Refusal
 from sd3min.conventions import CONVENTIONS, WITHOUT_T5
+from sd3min.lora import merged
 from sd3min.record import Record, current_versions, pixel_hash, read_record
 from sd3min.settings import check_call
 
@@ -56,6 +57,8 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     add("--text-encoders", type=Path, nargs="+", metavar="PATH", help=encoders)
     tokenizers = "holds tokenizer, tokenizer_2, tokenizer_3 (default: beside the weights)"
     add("--tokenizers", type=Path, metavar="FOLDER", help=tokenizers)
+    lora = "file of a LoRA, and how much it counts (default: 1); may be given several times"
+    add("--lora", type=options.lora, action="append", metavar="FILE:SCALE", help=lora)
     add_placement(parser)
     folder = "keep prompts' embeddings, so that the next run of a prompt loads no text encoder"
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help=folder)
@@ -200,6 +203,7 @@ def run_gallery(arguments: argparse.Namespace) -> None:
     checked = check_call(opened.parts["mmdit"].config, opened.defaults, **call)
     how = arguments.device, arguments.dtype, t5, arguments.memory, arguments.mmdit, arguments.cache
     loading.check(opened, *how[2:])
+    opened = merged(opened, arguments.lora, checkpoint.part_names(bool(t5)))
     dtype, _ = opened.placement(*how[:2])
     common = {
         "init_image": pixel_hash(call["init_image"]),
@@ -207,6 +211,7 @@ def run_gallery(arguments: argparse.Namespace) -> None:
         "t5": bool(t5),
         "dtype": str(dtype).removeprefix("torch."),
         "weights": opened.fingerprint(),
+        "loras": [list(lora) for lora in opened.loras],
     }
     gallery.check_folder(arguments.out_dir)
     pictures = gallery.Gallery(arguments.out_dir, gallery.records(checked, common))
@@ -214,6 +219,30 @@ def run_gallery(arguments: argparse.Namespace) -> None:
     manifest = pictures.write_manifest()
     if manifest:
         print(manifest)
+
+
+def find_loras(record: Record, picture: Path) -> list[tuple[Path, float]]:
+    """The LoRAs that a picture was made with, here or beside it."""
+    found = []
+    for name, fingerprint, scale in record.loras or ():
+        places = [
+            place
+            for place in (Path(Path(name).name), picture.parent / Path(name).name)
+            if place.is_file()
+        ]
+        path = next((p for p in places if checkpoint.fingerprint(p) == fingerprint), None)
+        if path is None:
+            made = f"{picture} was made with the LoRA {name} of fingerprint {fingerprint[:16]}"
+            raise Refusal(f"{made}, which is not here: pass it as --lora FILE:{scale:g}")
+        found.append((path, scale))
+    return found
+
+
+def check_loras(record: Record, picture: Path, pipe: pipeline.Pipeline) -> None:
+    """Warn of other LoRAs than a picture was made with."""
+    made = sorted((fingerprint, scale) for _, fingerprint, scale in record.loras or ())
+    if made != sorted((lora.fingerprint, lora.scale) for lora in pipe.loras):
+        warnings.warn(f"{picture} was made with other LoRAs: another picture", stacklevel=2)
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
@@ -238,7 +267,10 @@ def run_generate(arguments: argparse.Namespace) -> None:
     if record:
         check_origin(record, arguments, opened)
     how = arguments.memory, arguments.mmdit, arguments.cache
-    pipe = loading.assemble(opened, arguments.device, dtype, t5, *how)
+    loras = arguments.lora or (find_loras(record, arguments.like) if record else None)
+    pipe = loading.assemble(opened, arguments.device, dtype, t5, *how, loras)
+    if record:
+        check_loras(record, arguments.like, pipe)
     for image, path in zip(pipe(**call, progress=sys.stderr.isatty()), paths, strict=True):
         pipeline.save(image, path)
         print(path)

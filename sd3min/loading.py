@@ -10,6 +10,7 @@ from sd3min.config import Refusal
 from sd3min.fast.stages import MEMORY, StagedPipeline
 from sd3min.fast.t5 import check as check_t5
 from sd3min.fast.t5 import load_t5
+from sd3min.lora import LoRAs, merged
 from sd3min.pipeline import Pipeline
 
 
@@ -23,6 +24,7 @@ def load(
     memory: str | None = None,
     mmdit: str | None = None,
     cache: str | Path | None = None,
+    lora: LoRAs | None = None,
 ) -> Pipeline:
     """A pipeline from an official file, a folder of such files or a diffusers folder, or a name on
     the hub such as stabilityai/stable-diffusion-3-medium-diffusers; from the shipped sd3-tiny
@@ -37,12 +39,13 @@ def load(
     `memory`: "fast" keeps all parts and speeds the network up, "resident" keeps one part at a time,
     "stream" two layers of it; without it the parts are the plain modules. `mmdit="int8"` computes
     the network's linear layers in eight bits, and `cache` names a folder for prompts' embeddings,
-    so that a prompt's second run loads no text encoder: both under a plan of memory. Raises Refusal
-    where a file does not fit, and says which tensors.
+    so that a prompt's second run loads no text encoder: both under a plan of memory. `lora`:
+    files of LoRAs, or pairs of a file and how much it counts, such as ("cat.safetensors", 0.8); see
+    `sd3min.lora`. Raises Refusal where a file does not fit, and says which tensors.
     """
     names = checkpoint.part_names(bool(t5))
     opened = checkpoint.Checkpoint.open(path, text_encoders, tokenizers, names)
-    return assemble(opened, device, dtype, t5, memory, mmdit, cache)
+    return assemble(opened, device, dtype, t5, memory, mmdit, cache, lora)
 
 
 def assemble(
@@ -53,9 +56,13 @@ def assemble(
     memory: str | None = None,
     mmdit: str | None = None,
     cache: str | Path | None = None,
+    lora: LoRAs | None = None,
 ) -> Pipeline:
     """A pipeline from opened files."""
     check(opened, t5, memory, mmdit, cache)
+    opened = merged(opened, lora, checkpoint.part_names(bool(t5)))
+    if t5 == "fp8" and opened.parts["t5"].loras:
+        raise Refusal("t5 fp8 keeps T5 as it is stored, and a LoRA changes it: pass t5 int8")
     chosen, place = opened.placement(device, dtype)
     if memory is not None:
         return StagedPipeline(opened, chosen, place, t5, memory, mmdit, cache)

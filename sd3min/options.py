@@ -62,6 +62,15 @@ def length(value: str) -> int:
     return int(found[1]) * {"K": 1_000, "M": 1_000_000, "G": 1_000_000_000}[found[2]]
 
 
+def lora(value: str) -> tuple[Path, float]:
+    """A file and how much it counts, from "FILE:0.8" or "FILE", which may have colons itself."""
+    path, colon, scale = value.rpartition(":")
+    try:
+        return (Path(path), float(scale)) if colon and path else (Path(value), 1.0)
+    except ValueError:
+        return Path(value), 1.0
+
+
 def open_image(path: Path, option: str = "--init-image", mode: str | None = "RGB") -> Image.Image:
     """A picture file, read whole and turned upright, in a mode or in its own."""
     if not path.exists():

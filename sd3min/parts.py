@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,14 @@ class Unfit(Refusal):
         super().__init__(f"{'; '.join(faults)}: copy or download the file again, or pass another")
 
 
+class LoRAOrigin(NamedTuple):
+    """A LoRA by the name of its file, that file's fingerprint, and how much it counts."""
+
+    name: str
+    fingerprint: str
+    scale: float
+
+
 @dataclass(frozen=True)
 class Part:
     """One part of a model: its tensors under the official names, whatever their files call them."""
@@ -83,6 +91,7 @@ class Part:
     tensors: dict[str, AnyStored]
     extras: dict[str, Stored] = field(default_factory=dict)  # known by name, but in no module
     recipes: Mapping[str, Recipe] = field(default_factory=dict)  # where the names are diffusers'
+    loras: tuple[LoRAOrigin, ...] = ()  # that its tensors are changed by
 
     @property
     def shapes(self) -> dict[str, list[int]]:

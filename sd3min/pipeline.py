@@ -19,6 +19,7 @@ from sd3min.autoencoder import Autoencoder, posterior_sample
 from sd3min.config import LATENT_CHANNELS, LATENT_DOWNSCALING, Defaults, Refusal
 from sd3min.conventions import DIFFUSERS, Conventions
 from sd3min.mmdit import MMDiT
+from sd3min.parts import LoRAOrigin
 from sd3min.settings import Settings, check_call
 from sd3min.text_encoders import Conditioning, TextEncoders
 
@@ -97,11 +98,14 @@ class Pipeline:
         text_encoders: TextEncoders,
         defaults: Defaults | None = None,
         weights: str = "",
+        loras: Sequence[LoRAOrigin] = (),
     ):
-        """`defaults`: of settings left open; `weights`: what pictures name as their origin."""
+        """`defaults`: of settings left open; `weights` and `loras`: what pictures name as their
+        origin.
+        """
         self.mmdit, self.autoencoder, self.text_encoders = mmdit, autoencoder, text_encoders
         self.config, self.defaults = mmdit.config, defaults or Defaults()
-        self.weights = weights
+        self.weights, self.loras = weights, loras
         self.device, self.dtype = mmdit.pos_embed.device, mmdit.pos_embed.dtype
 
     @torch.no_grad()
@@ -268,6 +272,7 @@ class Pipeline:
             "t5": self.text_encoders.has_t5,
             "dtype": str(self.dtype).removeprefix("torch."),
             "weights": self.weights,
+            "loras": [list(lora) for lora in self.loras],
             "versions": record.current_versions(),
         }
         for picture, prompt, negative, seed in zip(
@@ -289,4 +294,5 @@ def assemble(
     chosen, place = opened.placement(device, dtype)
     encoders = opened.load_text_encoders(chosen, place, t5)
     mmdit, autoencoder = (opened.load(name, chosen, place) for name in ("mmdit", "autoencoder"))
-    return Pipeline(mmdit, autoencoder, encoders, opened.defaults, opened.fingerprint())
+    origin = opened.fingerprint(), opened.loras
+    return Pipeline(mmdit, autoencoder, encoders, opened.defaults, *origin)

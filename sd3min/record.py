@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,9 +39,10 @@ TYPES: dict[
     "mask_image": OPTIONAL_TEXT,
     "t5": (bool,),
     "dtype": (str,),
+    "loras": (list,),
 }
 NEEDED = list(TYPES)[: list(TYPES).index("weights") + 1]
-AROUND = ("versions", "weights", "init_image", "mask_image", "t5", "dtype")  # what no call takes
+AROUND = ("versions", "weights", "init_image", "mask_image", "t5", "dtype", "loras")  # no call's
 LONG = 100  # characters of a value that no record has, but for prompts
 
 
@@ -54,6 +56,7 @@ class Record(NamedTuple):
     mask_image: str | None
     t5: bool | None
     dtype: str | None
+    loras: Sequence[tuple[str, str, float]] | None  # file, its fingerprint, and how much it counts
 
     def check_image(self, name: str, image: Image.Image | None, given: str) -> None:
         """Refuse where an `init_image` or `mask_image`, given by some words, is not the one that
@@ -124,8 +127,16 @@ def parse(text: Any, path: str | Path) -> Record:
 def is_sound(name: str, value: Any) -> bool:
     """Whether a record may hold a value: of a known name, of its type, and not too long."""
     known = type(value) in TYPES.get(name, ())
+    if name == "loras":
+        return known and all(is_lora(lora) for lora in value)
     if isinstance(value, list):
         return known and all(type(part) in NUMBER for part in value)
     if isinstance(value, dict):
         return known and all(type(part) is str and len(part) < LONG for part in value.values())
     return known and (name.endswith("prompt") or len(str(value)) < LONG)
+
+
+def is_lora(value: Any) -> bool:
+    """Whether this is the name of a file, a fingerprint and a number."""
+    named = isinstance(value, list) and list(map(type, value[:2])) == [str, str]
+    return named and len(value) == 3 and type(value[2]) in NUMBER and len(str(value)) < 5 * LONG

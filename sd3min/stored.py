@@ -97,7 +97,49 @@ class Joined:
         return self.back(whole)
 
 
-AnyStored = Stored | Joined
+@dataclass(frozen=True)
+class Changed:
+    """A stored tensor that something is done to whenever it is read."""
+
+    base: "AnyStored"
+    change: Callable[[Tensor], Tensor] = dataclasses.field(repr=False, compare=False)
+    scale: None = None  # which the values have taken in
+
+    @property
+    def name(self) -> str:
+        """As the file has it."""
+        return self.base.name
+
+    @property
+    def shape(self) -> list[int]:
+        """The shape, which no change touches."""
+        return self.base.shape
+
+    @property
+    def dtype(self) -> str:
+        """What the unchanged values are stored as."""
+        return self.base.dtype
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files of the unchanged values."""
+        return self.base.paths
+
+    def read(self) -> Tensor:
+        """The changed values in float32."""
+        return self.load(torch.float32, torch.device("cpu"))
+
+    def values(self) -> Tensor:
+        """The same."""
+        return self.read()
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The changed values in a type to work in, rounded once, from float32 or float64."""
+        exact = torch.promote_types(dtype, torch.float32)
+        return self.change(self.base.load(exact, device)).to(dtype)
+
+
+AnyStored = Stored | Joined | Changed
 
 
 def read_header(path: Path) -> tuple[list[Stored], dict[str, str]]:

@@ -38,6 +38,7 @@ LAYERS = (  # a module imports only from those above it
     "folder",
     "hub",
     "checkpoint",
+    "lora",
     "convert",
     "pipeline",
     "differences",

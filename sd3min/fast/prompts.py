@@ -41,11 +41,12 @@ def sha256(*parts: object) -> str:
 
 def encoders_key(opened: Checkpoint, dtype: torch.dtype, t5: bool | str = True) -> str:
     """What the text encoders of opened files are known by: samples of those files, all of their
-    tokenizers', and the type; `t5` may name a type of its own.
+    tokenizers', the type and the LoRAs; `t5` may name a type of its own.
     """
     names = [name for name in opened.parts if name in TOKENIZERS and (t5 or name != "t5")]
     paths = dict.fromkeys(path for name in names for path in opened.parts[name].paths)
     folders = [opened.tokenizers / TOKENIZERS[name][0] for name in names]
+    loras = [opened.parts[name].loras for name in names]
     files = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
     return sha256(
         names,
@@ -54,6 +55,7 @@ def encoders_key(opened: Checkpoint, dtype: torch.dtype, t5: bool | str = True) 
         opened.context_width(),
         str(dtype),
         t5,
+        *([loras] if any(loras) else []),
     )
 
 

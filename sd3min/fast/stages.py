@@ -98,7 +98,8 @@ class StagedPipeline(Pipeline):
         kept = {"dtype": dtype, "device": device, "t5": t5, "memory": memory, "mmdit": mmdit}
         self.planned = partial(plan, opened, **kept)
         self.config, self.defaults = opened.parts["mmdit"].config, opened.defaults
-        self.weights, self.device, self.dtype = opened.fingerprint(), device, dtype
+        self.weights, self.loras = opened.fingerprint(), opened.loras
+        self.device, self.dtype = device, dtype
         self.stages = Stages(loaders(opened, **kept), keep=memory == "fast")
         self.text_encoders: Any = StagedEncoders(self.stages, opened, bool(t5))
         names = [*([] if cache else encoder_names(bool(t5))), "network", "autoencoder"]

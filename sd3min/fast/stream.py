@@ -25,7 +25,7 @@ from sd3min.fast import kernels
 from sd3min.fast.blocks import MODULATION
 from sd3min.fast.native import trim
 from sd3min.parts import Part, fill, kept_type
-from sd3min.stored import AnyStored, Joined, Stored
+from sd3min.stored import AnyStored, Changed, Joined, Stored
 
 M = TypeVar("M", bound=nn.Module)
 CPU = torch.device("cpu")
@@ -122,6 +122,8 @@ def unmapped(part: Part, device: torch.device) -> Part:
         return replace(stored, reader=read, scale=scale)
 
     def tensor_apart(tensor: AnyStored) -> AnyStored:
+        if isinstance(tensor, Changed):
+            return replace(tensor, base=tensor_apart(tensor.base))
         if isinstance(tensor, Joined):
             return replace(tensor, pieces=tuple(map(read_apart, tensor.pieces)))
         return read_apart(tensor)
@@ -149,7 +151,7 @@ class Turns:
         place = self.places.get(turn)
         if place is None or list(place.shape) != stored.shape:
             place = self.places[turn] = torch.empty(stored.shape, dtype=dtype, device=self.device)
-        if isinstance(stored, Joined):
+        if not isinstance(stored, Stored):
             return place.copy_(stored.load(dtype, CPU))
         if stored.scale or self.device.type != "cpu":
             return place.copy_(stored.values())

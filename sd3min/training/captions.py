@@ -90,6 +90,8 @@ def parse(words: str) -> Scene:
 def vocabulary() -> list[str]:
     """Every word that a caption may have, once, and a spare one for a thing to be named later."""
     names = [*COLOURS, *NOUNS, *BACKGROUNDS, *RELATIONS]
-    words = [word for name in names for said in SYNONYMS.get(name, (name,)) for word in said.split()]
+    words = [
+        word for name in names for said in SYNONYMS.get(name, (name,)) for word in said.split()
+    ]
     words += [word for opening in OPENINGS for word in opening.split()]
     return list(dict.fromkeys(["a", "an", "on", "and", "background", *words, SPARE]))

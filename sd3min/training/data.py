@@ -72,7 +72,9 @@ def read_folder(folder: Path, caption: str | None = None) -> list[Example]:
     for path in paths:
         name = path.relative_to(folder).as_posix()
         text = path.with_suffix(".txt")
-        words = text.read_text(encoding="utf-8").strip() if text.exists() else told.get(name, caption)
+        words = (
+            text.read_text(encoding="utf-8").strip() if text.exists() else told.get(name, caption)
+        )
         if words is None:
             raise Refusal(
                 f"{path} has no caption: write {text.name} beside it, a line in metadata.jsonl, "

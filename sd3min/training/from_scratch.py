@@ -28,7 +28,6 @@ from sd3min.training import images, reading, text_to_image, vocabulary
 from sd3min.training.grid import grid
 from sd3min.training.trainer import Recipe, fit
 
-
 GRID = 32  # rows and columns of the table of positions, in patches
 
 
@@ -126,7 +125,12 @@ def train_flow(plan: Plan, work: Path, autoencoder: Autoencoder) -> tuple[MMDiT,
 
 
 def assemble(
-    folder: Path, plan: Plan, work: Path, autoencoder: Autoencoder, mmdit: MMDiT, encoders: TextEncoders
+    folder: Path,
+    plan: Plan,
+    work: Path,
+    autoencoder: Autoencoder,
+    mmdit: MMDiT,
+    encoders: TextEncoders,
 ) -> Path:
     """Write everything as an official single file in half precision, its tokenizers beside it."""
     modules = {

@@ -18,8 +18,6 @@ SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")  # of diffuse
 VALIDATION_TIMES = 8
 
 
-
-
 def velocity_errors(
     velocity: flow.Velocity, data: flow.Latents, noise: flow.Latents, t: Float[Tensor, " b"]
 ) -> Float[Tensor, " b"]:

@@ -263,7 +263,9 @@ def _random_scene(count: int, rng: random.Random) -> Scene:
     return Scene(first, tuple(zip(relations, others, strict=False)), background)
 
 
-def _scene_that(fits: Callable[[Scene], bool], counts: dict[int, float], rng: random.Random) -> Scene:
+def _scene_that(
+    fits: Callable[[Scene], bool], counts: dict[int, float], rng: random.Random
+) -> Scene:
     """Draw scenes with as many things as `counts` weighs them until one fits."""
     (count,) = rng.choices(list(counts), list(counts.values()))
     while True:

@@ -122,7 +122,9 @@ def encode(
 
     def said(read: Sequence[scenes.Scene]) -> list[str]:
         pairs = zip(read, wordings, strict=True)
-        return [captions.worded(scene, random.Random(seed)) if seed else "" for scene, seed in pairs]
+        return [
+            captions.worded(scene, random.Random(seed)) if seed else "" for scene, seed in pairs
+        ]
 
     pairs = zip(wanted, kept[:, 2].tolist(), strict=True)
     heard = said([misread(scene, rng) if has_t5 else scene for scene, has_t5 in pairs])
@@ -146,13 +148,16 @@ class TextToImage(Task):
     def forward(self, step: int, part: slice) -> Losses:
         """Losses of a part of a step's batch; the step decides every draw."""
         rng, generator = random.Random(step), torch.Generator().manual_seed(step)
-        indices = torch.randint(len(self.latents.scenes), (self.batch // DRAWS,), generator=generator)
+        indices = torch.randint(
+            len(self.latents.scenes), (self.batch // DRAWS,), generator=generator
+        )
         wanted = [self.latents.scenes[i] for i in indices.tolist()]
         data = self.latents[indices].repeat_interleave(DRAWS, dim=0)
         noise = torch.randn(data.shape, generator=generator)
         t = self.objective.times.sample(len(data), generator)[part]
         context, pooled = (
-            whole.repeat_interleave(DRAWS, dim=0)[part] for whole in encode(self.encoders, wanted, rng)
+            whole.repeat_interleave(DRAWS, dim=0)[part]
+            for whole in encode(self.encoders, wanted, rng)
         )
 
         def velocity(z: Tensor, t: Tensor) -> Tensor:

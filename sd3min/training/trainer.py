@@ -82,7 +82,9 @@ def save(state: object, path: Path) -> None:
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch's writer makes the one into the other
         part.unlink(missing_ok=True)
-        raise OSError(f"could not write the checkpoint {path}, the last one stays: {error}") from error
+        raise OSError(
+            f"could not write the checkpoint {path}, the last one stays: {error}"
+        ) from error
     os.replace(part, path)
 
 

@@ -1,0 +1,156 @@
+"""A LoRA of a whole model: made anew for training, put beside layers, merged and taken out."""
+
+import fnmatch
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from sd3min.config import Refusal
+from sd3min.lora.layers import LoRALinear, LowRank
+from sd3min.lora.names import Layer, layers
+from sd3min.parts import TITLES, some
+
+Modules = Mapping[str, nn.Module]  # by their parts: mmdit, clip_l, clip_g, t5
+TARGETS = (  # diffusers': attention's projections, of both streams and of CLIP
+    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+    *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
+)
+
+
+class LoRA(nn.Module):
+    """Changes of layers, which train, move and are saved together."""
+
+    def __init__(self, changes: Iterable[tuple[Layer, LowRank]]):
+        super().__init__()
+        places, made = list(zip(*changes, strict=True)) or ((), ())
+        self.layers: Sequence[Layer] = places
+        self.changes = nn.ModuleList(made)
+
+    def __iter__(self) -> Iterator[tuple[Layer, LowRank]]:
+        """Each layer with its change."""
+        for layer, change in zip(self.layers, self.changes, strict=True):
+            assert isinstance(change, LowRank)
+            yield layer, change
+
+    def set_scale(self, scale: float) -> "LoRA":
+        """How much all changes count; refused if it is no number."""
+        if not math.isfinite(scale):
+            raise Refusal(f"a LoRA's scale of {scale} is not a number: pass one such as 0.8")
+        for _, change in self:
+            change.scale = float(scale)
+        return self
+
+
+def add(
+    modules: Modules,
+    rank: int = 4,
+    alpha: float | None = None,
+    targets: Sequence[str] | None = None,
+    generator: torch.Generator | None = None,
+) -> LoRA:
+    """Put a new LoRA beside the layers of modules, and freeze everything but it.
+
+    `alpha` is the rank where it is left out. `targets`, by default `TARGETS`, are ends of names,
+    diffusers' or official, in which * stands for anything: "attn.to_q" is the query rows of a fused
+    layer, "attn.qkv" all of them under one pair of matrices. A is normal with deviation 1/rank and
+    B zero, as PEFT's "gaussian" has it, both at least in float32. Raises Refusal where a target
+    finds nothing.
+    """
+    alpha = rank if alpha is None else alpha
+    if rank < 1 or not math.isfinite(alpha):
+        raise Refusal(f"rank {rank} and alpha {alpha} make no LoRA: pass a rank of at least 1")
+    found = [
+        (layer, rows)
+        for part, module in modules.items()
+        for layer in layers(part, shapes(module))
+        if isinstance(module.get_submodule(layer.name), nn.Linear)
+        for rows in targeted(layer, TARGETS if targets is None else targets)
+    ]
+    known = [name for layer, _ in found for name in (layer.name, *layer.pieces)]
+    if idle := [target for target in targets or () if not matched(target, known)]:
+        raise Refusal(f"target {some(idle)} is the end of no layer's name: pass one as attn.to_q")
+    if not found:
+        raise Refusal(f"no layer of {', '.join(modules)} is a target: pass names of layers")
+
+    def change(layer: Layer, rows: slice) -> LowRank:
+        weight = modules[layer.part].get_parameter(f"{layer.name}.weight")
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        down = torch.randn(rank, layer.width, generator=generator, dtype=dtype) / rank
+        up = torch.zeros(rows.stop - rows.start, rank, dtype=dtype)
+        return LowRank(down.to(weight.device), up.to(weight.device), alpha, rows)
+
+    made = LoRA((layer, change(layer, rows)) for layer, rows in found)
+    for module in modules.values():
+        module.requires_grad_(False)
+    return attach(modules, made)
+
+
+def shapes(module: nn.Module) -> dict[str, list[int]]:
+    """The shapes of a module's tensors."""
+    return {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def matched(target: str, names: Iterable[str]) -> bool:
+    """Whether a target is the end of one of the names."""
+    return any(fnmatch.fnmatchcase(f".{name}", f"*.{target}") for name in names)
+
+
+def targeted(layer: Layer, targets: Sequence[str]) -> list[slice]:
+    """The rows of a layer that targets name: all of them at once, or one piece or more."""
+    if any(matched(target, [layer.name]) for target in targets):
+        return [layer.whole]
+    pieces = [name for name in layer.pieces if any(matched(target, [name]) for target in targets)]
+    return [layer.rows(name) for name in pieces]
+
+
+def attach(modules: Modules, lora: LoRA, scale: float = 1.0) -> LoRA:
+    """Put a LoRA beside the layers of modules, which compute with it from now on, and return it.
+
+    Raises Refusal where a module is missing, a change is merged or a layer is none for a LoRA.
+    """
+    for layer, change in lora:
+        if layer.part not in modules:
+            raise Refusal(f"the LoRA changes {TITLES[layer.part]}: pass it as {layer.part} too")
+        linear = modules[layer.part].get_submodule(layer.name)
+        if not isinstance(linear, nn.Linear):
+            raise Refusal(f"{layer.name} is a convolution: load the LoRA with the weights")
+        if not isinstance(linear, LoRALinear):
+            linear = LoRALinear(linear)
+            modules[layer.part].set_submodule(layer.name, linear)
+        if linear.kept is not None:
+            raise Refusal(f"{layer.name} has LoRAs that are merged: unmerge them first")
+        linear.loras.append(change)
+    return lora.set_scale(scale)
+
+
+def detach(modules: Modules, lora: LoRA) -> None:
+    """Take a LoRA out; a layer without any is a plain one again."""
+    unmerge(modules)
+    gone = {id(change) for _, change in lora}
+    for layer, _ in lora:
+        linear = modules[layer.part].get_submodule(layer.name)
+        if isinstance(linear, LoRALinear):
+            linear.loras = nn.ModuleList(c for c in linear.changes if id(c) not in gone)
+            if not linear.changes:
+                modules[layer.part].set_submodule(layer.name, linear.plain())
+
+
+def adapted(modules: Modules) -> list[LoRALinear]:
+    """The layers that have LoRAs beside them."""
+    found = [child for module in modules.values() for child in module.modules()]
+    return [child for child in found if isinstance(child, LoRALinear)]
+
+
+def merge(modules: Modules) -> None:
+    """Put all LoRAs into the weights, which costs a copy of those."""
+    for linear in adapted(modules):
+        linear.merge()
+
+
+def unmerge(modules: Modules) -> None:
+    """Give the weights back as they were, bit for bit."""
+    for linear in adapted(modules):
+        linear.unmerge()
