@@ -27,6 +27,7 @@ from sd3min.generate import add_generate, add_placement
 from sd3min.parts import TITLES, Part
 from sd3min.probes import report, table
 from sd3min.settings import check_call
+from sd3min.training.commands import add_finetune, add_train
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,6 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_convert(commands.add_parser("convert", help=layouts))
     add_verify(commands.add_parser("verify", help="check a file, part by part, against diffusers"))
     add_explain(commands.add_parser("explain", help="say what two implementations differ in"))
+    add_train(commands.add_parser("train", help="train a small model from nothing"))
+    add_finetune(commands.add_parser("finetune", help="teach a model from pictures, as a LoRA"))
     return parser
 
 

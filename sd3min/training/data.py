@@ -5,8 +5,9 @@ import hashlib
 import json
 import math
 import os
+import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,17 +197,17 @@ class LatentCache:
         ]
 
 
-def batches(sizes: Sequence[int], batch: int, seed: int) -> Iterator[tuple[int, list[int]]]:
-    """Bucket and places in it for one batch after another, for ever: every example once in an epoch,
-    a bucket's last batch filled up from its start."""
-    epoch = 0
-    while True:
-        generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
-        found = []
-        for which, size in enumerate(sizes):
-            order = torch.randperm(size, generator=generator).tolist()
-            filled = [order[i % size] for i in range(math.ceil(size / batch) * batch)]
-            found += [(which, filled[i : i + batch]) for i in range(0, len(filled), batch)]
-        for i in torch.randperm(len(found), generator=generator).tolist():
-            yield found[i]
-        epoch += 1
+def batches(sizes: Sequence[int], batch: int, seed: int, step: int) -> tuple[int, list[int]]:
+    """The bucket of a step's batch and the places in it, of buckets of some sizes.
+
+    Every example comes once in an epoch, in an order by chance; a bucket's last batch is filled up
+    from its start.
+    """
+    counts = [math.ceil(size / batch) for size in sizes]
+    epoch, number = divmod(step, sum(counts))
+    rng = random.Random(f"{seed} {epoch}")
+    orders = [rng.sample(range(size), size) for size in sizes]
+    whole = [(which, i) for which, count in enumerate(counts) for i in range(count)]
+    which, i = rng.sample(whole, len(whole))[number]
+    order = orders[which]
+    return which, [order[j % len(order)] for j in range(i * batch, (i + 1) * batch)]

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -19,6 +17,7 @@ from sd3min.autoencoder import SCALE, SHIFT, Autoencoder
 from sd3min.mmdit import MMDiT, position_table
 from sd3min.text_encoders import Conditioning, TextEncoders
 from sd3min.training import captions, scenes
+from sd3min.training.conditioning import Layout, leave_out
 from sd3min.training.images import drawn
 from sd3min.training.objective import paper, velocity_errors
 from sd3min.training.trainer import Losses, Task, save
@@ -93,20 +92,6 @@ def misread(scene: scenes.Scene, rng: random.Random) -> scenes.Scene:
             return heard
 
 
-def leave_out(
-    encoders: TextEncoders, conditioning: Conditioning, kept: Float[Tensor, "b 3"]
-) -> Conditioning:
-    """Zeros in the place of what CLIP-L, CLIP-G or T5 says, where `kept` is 0 (App. B.3)."""
-    clips = [encoders.clip_l.config, encoders.clip_g.config]
-    l_width, g_width = (clip.hidden_size for clip in clips)
-    rows, (context, pooled) = clips[0].max_position_embeddings, conditioning
-    clip = kept[:, :2].repeat_interleave(torch.tensor([l_width, g_width]), dim=1)
-    columns = F.pad(clip, (0, context.shape[-1] - l_width - g_width))[:, None]
-    t5 = kept[:, 2, None, None].expand(-1, context.shape[1] - rows, -1)
-    mask = torch.cat([columns.expand(-1, rows, -1), t5.expand(-1, -1, context.shape[-1])], dim=1)
-    return Conditioning(context * mask, pooled * clip)
-
-
 def encode(
     encoders: TextEncoders, wanted: Sequence[scenes.Scene], rng: random.Random
 ) -> Conditioning:
@@ -131,7 +116,9 @@ def encode(
     clip, pooled = encoders.both_clips(heard)
     with torch.no_grad():
         t5 = encoders.t5_rows(said(wanted), encoders.t5_length)
-    return leave_out(encoders, Conditioning(torch.cat([clip, t5.to(clip)], dim=1), pooled), kept)
+    l, g = encoders.clip_l.config, encoders.clip_g.config
+    layout = Layout(l.hidden_size, g.hidden_size, l.max_position_embeddings)
+    return leave_out(layout, Conditioning(torch.cat([clip, t5.to(clip)], dim=1), pooled), kept)
 
 
 class TextToImage(Task):

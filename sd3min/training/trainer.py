@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sd3min.config import Refusal
+from sd3min.training import curves
 from sd3min.training.ema import Average
 
 
@@ -68,12 +69,8 @@ class Recipe:
         return min(1.0, (step + 1) / max(1, self.warmup), (self.steps - step) / falling)
 
 
-class Diverged(ArithmeticError):
-    """The loss is not a number; the message names the batch."""
-
-
 def save(state: object, path: Path) -> None:
-    """Write a checkpoint whole or not at all; OSError says so where the disk is full."""
+    """Write a checkpoint whole or not at all; Refusal says so where the disk is full."""
     part = path.with_suffix(".part")
     try:
         with part.open("wb") as file:
@@ -181,7 +178,7 @@ class Run:
         loss = values.double().mean().item()
         if not math.isfinite(loss):
             where = self.task.describe(self.step)
-            raise Diverged(f"the loss is {loss} at step {self.step}, on {where}; lower the rate")
+            raise Refusal(f"the loss is {loss} at step {self.step}, on {where}: lower the rate")
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -201,33 +198,48 @@ def open_log(path: Path, step: int) -> Path:
     return path
 
 
+def open_board(folder: Path) -> Any:
+    """Where TensorBoard finds the figures; Refusal where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise Refusal("TensorBoard is not installed: pip install tensorboard") from None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
 def fit(
     task: Task,
     recipe: Recipe,
     folder: Path,
     look: Callable[[int], None] = lambda step: None,
     look_every: int = 1000,
+    tensorboard: bool = False,
 ) -> None:
     """Train a task; a run that was begun in `folder` goes on from its checkpoint.
 
     The folder gets `checkpoint.pt`, and `metrics.jsonl` with a line a step: loss, rate, gradient's
-    norm, seconds, and the loss by time. `look(step)` is called now and then, with the averaged
-    weights in place where there are any.
+    norm, seconds, and the loss by time; `metrics.png` draws them. `look(step)` is called now and
+    then, with the averaged weights in place where there are any.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(task, recipe, folder / "checkpoint.pt")
     main = run.accelerator.is_main_process
     log = open_log(folder / "metrics.jsonl", run.step) if main else Path(os.devnull)
+    board = open_board(folder) if tensorboard and main else None
     bar = tqdm(total=recipe.steps, initial=run.step, desc=folder.name, disable=not main)
     with log.open("a", buffering=1) as lines, bar:
         while run.step < recipe.steps:
             figures = run.advance()
             lines.write(json.dumps(figures) + "\n")
+            if board is not None:
+                for name, value in figures.items():
+                    board.add_scalar(name, value, run.step)
             bar.set_postfix(loss=f"{figures['loss']:.4f}", refresh=False)
             bar.update()
             if run.step % recipe.save_every == 0 or run.step == recipe.steps:
                 run.save()
             if main and (run.step % look_every == 0 or run.step == recipe.steps):
+                curves.draw(log, folder / "metrics.png")
                 with run.average.in_place():
                     look(run.step)
     run.average.settle()

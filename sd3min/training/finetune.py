@@ -1,0 +1,161 @@
+"""Fine-tuning of a model on pictures with captions: a LoRA, or the whole network.
+
+With pictures of a class beside those of one subject (DreamBooth's prior preservation, Ruiz et al.
+2022, Eq. 2), half of every batch is of the class.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sd3min import flow, lora
+from sd3min.autoencoder import SCALE, SHIFT
+from sd3min.config import Refusal
+from sd3min.mmdit import MMDiT
+from sd3min.text_encoders import Conditioning
+from sd3min.training.conditioning import Layout, leave_out
+from sd3min.training.data import Encoded, batches
+from sd3min.training.objective import Objective, paper, velocity_errors
+from sd3min.training.trainer import Losses, Task
+
+
+class Material(NamedTuple):
+    """Examples, encoded: posteriors by bucket, all captions, and how much an example counts."""
+
+    encoded: list[Encoded]
+    captions: list[str]
+    weight: float = 1.0
+
+
+class Drawn(NamedTuple):
+    """A step's batch of a material: examples' places in a bucket, and their captions."""
+
+    bucket: Encoded
+    places: list[int]
+    captions: list[str]
+    weight: float
+
+
+def draw(material: Material, step: int, size: int, seed: int) -> Drawn:
+    """A step's batch; the seed and the step decide it."""
+    which, places = batches([len(e.indices) for e in material.encoded], size, seed, step)
+    bucket = material.encoded[which]
+    captions = [material.captions[bucket.indices[place]] for place in places]
+    return Drawn(bucket, places, captions, material.weight)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is changed, and how it is taught."""
+
+    rank: int | None = 4  # of the LoRA; None changes the whole network
+    alpha: float | None = None  # by default the rank
+    targets: Sequence[str] | None = None  # ends of layers' names; by default diffusers'
+    objective: Objective = field(default_factory=paper)
+    dropout: float = 0.0  # how often each encoder is left out, each by itself
+    gradient_checkpointing: bool = False  # less memory, for a third more time
+    seed: int = 0
+
+    def adapt(self, parts: dict[str, nn.Module]) -> lora.LoRA | None:
+        """Make parts ready to be changed: by a LoRA beside their layers, or as they are."""
+        for module in parts.values():
+            module.eval().requires_grad_(self.rank is None)
+        if self.rank is None:
+            return None
+        generator = torch.Generator().manual_seed(self.seed)
+        return lora.add(parts, self.rank, self.alpha, self.targets, generator)
+
+
+def checkpointed(mmdit: MMDiT) -> None:
+    """Keep no activations inside of blocks: they are computed again for the gradient."""
+    from torch.utils.checkpoint import checkpoint
+
+    for block in mmdit.joint_blocks:
+        block.forward = lambda *tensors, of=block.forward: checkpoint(
+            of, *tensors, use_reentrant=False
+        )
+
+
+class FineTuning(Task):
+    """Velocities of encoded pictures from noise and captions (§2, Eq. 8)."""
+
+    def __init__(
+        self,
+        parts: dict[str, nn.Module],
+        encode: Callable[[list[str]], Conditioning],
+        layout: Layout,
+        tuning: Tuning,
+        materials: Sequence[Material],
+        batch: int,
+    ):
+        """`parts`: what is changed, "mmdit" and maybe "clip_l" and "clip_g"; `encode`: with those,
+        or with what was kept of others; `batch`: pictures of all materials, the same of each.
+        """
+        super().__init__()
+        if batch % len(materials):
+            raise Refusal(f"a batch of {batch} does not divide among {len(materials)} materials")
+        self.lora = tuning.adapt(parts)
+        self.parts_ = nn.ModuleDict(parts)
+        self.encode, self.layout = encode, layout
+        self.tuning, self.materials, self.batch = tuning, materials, batch
+        if tuning.gradient_checkpointing:
+            checkpointed(self.mmdit)
+
+    @property
+    def mmdit(self) -> MMDiT:
+        """The network that learns."""
+        mmdit = self.parts_["mmdit"]
+        assert isinstance(mmdit, MMDiT)
+        return mmdit
+
+    def drawn(self, step: int) -> list[Drawn]:
+        """A step's batch of each material."""
+        size = self.batch // len(self.materials)
+        return [draw(material, step, size, self.tuning.seed) for material in self.materials]
+
+    def describe(self, step: int) -> str:
+        """Name the pictures of a step by their captions."""
+        captions = [repr(caption) for drawn in self.drawn(step) for caption in drawn.captions]
+        return f"the pictures of {'; '.join(captions[:4])}"
+
+    def forward(self, step: int, part: slice) -> Losses:
+        """Losses of a part of a step's batch, as much of each material; the step decides draws."""
+        drawn = self.drawn(step)
+        if part.start % len(drawn) or part.stop % len(drawn):
+            raise Refusal(f"a batch of {self.batch} gives each process an uneven share")
+        share = slice(part.start // len(drawn), part.stop // len(drawn))
+        found = [self.losses(each, f"{step} {i}", share) for i, each in enumerate(drawn)]
+        values = torch.cat(
+            [len(drawn) * each.weight * f[0] for each, f in zip(drawn, found, strict=True)]
+        )
+        return Losses(values, torch.cat([times for _, times in found]))
+
+    def losses(self, drawn: Drawn, seed: str, share: slice) -> tuple[Tensor, Tensor]:
+        """Losses of a process's share of a material's batch, and their times."""
+        bucket, count = drawn.bucket, len(drawn.places)
+        rng = random.Random(f"{self.tuning.seed} {seed}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        sampling, noise = torch.randn((2, count, *bucket.mean.shape[1:]), generator=generator)
+        t = self.tuning.objective.times.sample(count, generator)[share]
+        kept = torch.tensor(
+            [[float(rng.random() >= self.tuning.dropout) for _ in range(3)] for _ in range(count)]
+        )
+        sample = bucket.mean[drawn.places] + torch.exp(0.5 * bucket.logvar[drawn.places]) * sampling
+        data = ((sample - SHIFT) * SCALE)[share].to(self.mmdit.pos_embed.device)
+        told = leave_out(self.layout, self.encode(drawn.captions[share]), kept[share])
+        t = t.to(data)
+        errors = velocity_errors(self.velocity(told), data, noise[share].to(data), t)
+        return self.tuning.objective.weighted(errors, t), t
+
+    def velocity(self, told: Conditioning) -> flow.Velocity:
+        """The network's answer to what the encoders say."""
+        context, pooled = (part.to(self.mmdit.pos_embed) for part in told)
+
+        def velocity(z: Tensor, t: Tensor) -> Tensor:
+            return self.mmdit(z.to(context), flow.TRAINED_TIMES * t, context, pooled)
+
+        return velocity
