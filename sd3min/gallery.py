@@ -162,8 +162,9 @@ class Gallery:
     ) -> list[Image.Image]:
         """Pictures of some numbers, in one batch."""
         names = ("prompt", "negative_prompt", "seed")
-        own: dict[str, Any] = {name: [self.records[i][name] for i in numbers] for name in names}
-        return pipe(**call | own | {"num_images": 1}, progress=False)
+        own = {name: [self.records[i][name] for i in numbers] for name in names}
+        given: dict[str, Any] = call | own | {"num_images": 1, "progress": False}
+        return pipe(**given)
 
     def write_manifest(self) -> Path | None:
         """Once every picture is there, list them: prompt, seed, file and SHA-256, one a line.
