@@ -115,7 +115,7 @@ class Scene:
     background: str
 
     def __post_init__(self) -> None:
-        """Refuse an unknown relation or background, a thing twice, and two relations on one axis."""
+        """Refuse unknown relations and backgrounds, a thing twice, and relations on one axis."""
         if self.background not in BACKGROUNDS:
             names = ", ".join(BACKGROUNDS)
             raise ValueError(f"{self.background!r} is not one of the backgrounds {names}")

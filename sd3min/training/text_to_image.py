@@ -116,13 +116,13 @@ def encode(
     clip, pooled = encoders.both_clips(heard)
     with torch.no_grad():
         t5 = encoders.t5_rows(said(wanted), encoders.t5_length)
-    l, g = encoders.clip_l.config, encoders.clip_g.config
-    layout = Layout(l.hidden_size, g.hidden_size, l.max_position_embeddings)
+    clip_l, clip_g = encoders.clip_l.config, encoders.clip_g.config
+    layout = Layout(clip_l.hidden_size, clip_g.hidden_size, clip_l.max_position_embeddings)
     return leave_out(layout, Conditioning(torch.cat([clip, t5.to(clip)], dim=1), pooled), kept)
 
 
 class TextToImage(Task):
-    """Velocities of drawn scenes from noise and words (§2, Eq. 8), at shifted logit-normal times."""
+    """Velocities of drawn scenes from noise and words (§2, Eq. 8), at shifted times."""
 
     def __init__(
         self, mmdit: MMDiT, encoders: TextEncoders, latents: Latents, batch: int, shift: float

@@ -26,7 +26,7 @@ from sd3min.training.ema import Average
 
 
 class Losses(NamedTuple):
-    """The loss of every example of a part of a batch, and the time it was taken at, where it was."""
+    """Losses of the examples of a part of a batch, and the times that they were taken at."""
 
     values: Tensor
     times: Tensor | None = None

@@ -125,8 +125,7 @@ def run(arguments: argparse.Namespace) -> Path:
     course = recipe(arguments, state.num_processes, 1 + prior, place.type == "cuda")
 
     encoders = encoders_of(opened, arguments, dtype, place)
-    autoencoder = opened.load_autoencoder(dtype, place)
-    mmdit = opened.load_mmdit(dtype, place)
+    mmdit, autoencoder = (opened.load(name, dtype, place) for name in ("mmdit", "autoencoder"))
     pipe = Pipeline(mmdit, autoencoder, encoders, opened.defaults, opened.fingerprint())
     latents = LatentCache(autoencoder, arguments.out / "cache" / "latents")
 
