@@ -237,6 +237,8 @@ def test_a_lora_that_does_not_fit_the_modules_is_put_nowhere(mmdit, tmp_path):
     with pytest.raises(Refusal, match=r"x_embedder.proj is a convolution: load the LoRA with"):
         lora.attach({"mmdit": mmdit}, read)
     assert not any(isinstance(module, LoRALinear) for module in mmdit.modules())
+    with pytest.raises(Refusal, match=r"x_embedder.proj is a convolution: save as kohya"):
+        lora.save(read, tmp_path / "other.safetensors")
 
 
 # files
