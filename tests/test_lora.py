@@ -219,6 +219,28 @@ def test_dora_of_some_rows_is_refused_where_kohyas_names_cannot_say_it(missing, 
         lora.save(made, tmp_path / "kohya.safetensors", "kohya")
 
 
+def test_a_lora_that_does_not_fit_the_modules_is_put_nowhere(mmdit, tmp_path):
+    made = fill(lora.add({"mmdit": mmdit}, 2))
+    lora.detach({"mmdit": mmdit}, made)
+    with pytest.raises(Refusal, match="the LoRA changes MMDiT: pass it as mmdit too"):
+        lora.attach({"clip_l": nn.Module()}, made)
+    qkv, patches = f"lora_unet_{QKV.replace('.', '_')}", "lora_unet_x_embedder_proj"
+    tensors = {
+        f"{qkv}.lora_A.weight": torch.ones(1, 128),
+        f"{qkv}.lora_B.weight": torch.ones(384, 1),
+        f"{patches}.lora_down.weight": torch.ones(1, 16, 2, 2),
+        f"{patches}.lora_up.weight": torch.ones(128, 1, 1, 1),
+    }
+    save_file(tensors, tmp_path / "patches.safetensors")
+    read = lora.read(tmp_path / "patches.safetensors", {"mmdit": mmdit})
+    assert len(read.layers) == 2
+    with pytest.raises(Refusal, match=r"x_embedder.proj is a convolution: load the LoRA with"):
+        lora.attach({"mmdit": mmdit}, read)
+    assert not any(isinstance(module, LoRALinear) for module in mmdit.modules())
+    with pytest.raises(Refusal, match=r"x_embedder.proj is a convolution: save as kohya"):
+        lora.save(read, tmp_path / "other.safetensors")
+
+
 # files
 
 
@@ -284,6 +306,7 @@ def edited(made, path, edit, metadata=None):
 
 
 TO_Q = "transformer.transformer_blocks.0.attn.to_q"
+OTHER_TO_Q = "lora_transformer_transformer_blocks_0_attn_to_q"
 FAULTS = {
     "a name of nothing": (
         lambda t: t.update({f"{TO_Q}x.lora_A.weight": torch.ones(1), "why": torch.ones(1)}),
@@ -351,6 +374,15 @@ FAULTS = {
     "two of one kind": (
         lambda t: t.update({f"{TO_Q}.lora_down.weight": torch.ones(3, 128)}),
         ["lora", "which the model has no layer for"],
+    ),
+    "two dialects": (
+        lambda t: t.update(
+            {
+                f"{OTHER_TO_Q}.lora_down.weight": torch.ones(3, 128),
+                f"{OTHER_TO_Q}.lora_up.weight": torch.ones(128, 3),
+            }
+        ),
+        [OTHER_TO_Q, TO_Q, " for the same place"],
     ),
     "several faults": (
         lambda t: (t.pop(f"{TO_Q}.lora_A.weight"), t.update({"why": torch.ones(1)})),

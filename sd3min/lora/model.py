@@ -83,9 +83,10 @@ def add(
         return LowRank(down.to(weight.device), up.to(weight.device), alpha, rows)
 
     made = LoRA((layer, change(layer, rows)) for layer, rows in found)
+    attach(modules, made)
     for module in modules.values():
         module.requires_grad_(False)
-    return attach(modules, made)
+    return made.requires_grad_(True)
 
 
 def shapes(module: nn.Module) -> dict[str, list[int]]:
@@ -111,19 +112,23 @@ def attach(modules: Modules, lora: LoRA, scale: float = 1.0) -> LoRA:
 
     Raises Refusal where a module is missing, a change is merged or a layer is none for a LoRA.
     """
-    for layer, change in lora:
+    lora.set_scale(scale)
+    for layer in lora.layers:
         if layer.part not in modules:
             raise Refusal(f"the LoRA changes {TITLES[layer.part]}: pass it as {layer.part} too")
         linear = modules[layer.part].get_submodule(layer.name)
         if not isinstance(linear, nn.Linear):
             raise Refusal(f"{layer.name} is a convolution: load the LoRA with the weights")
-        if not isinstance(linear, LoRALinear):
+        if isinstance(linear, LoRALinear) and linear.kept is not None:
+            raise Refusal(f"{layer.name} has LoRAs that are merged: unmerge them first")
+    for layer, change in lora:
+        linear = modules[layer.part].get_submodule(layer.name)
+        if isinstance(linear, nn.Linear) and not isinstance(linear, LoRALinear):
             linear = LoRALinear(linear)
             modules[layer.part].set_submodule(layer.name, linear)
-        if linear.kept is not None:
-            raise Refusal(f"{layer.name} has LoRAs that are merged: unmerge them first")
+        assert isinstance(linear, LoRALinear)
         linear.loras.append(change)
-    return lora.set_scale(scale)
+    return lora
 
 
 def detach(modules: Modules, lora: LoRA) -> None:

@@ -33,6 +33,7 @@ class Layer:
     name: str
     height: int  # rows of its weight
     width: int  # inputs, of a convolution those of a patch
+    convolution: bool
     pieces: tuple[str, ...]  # what diffusers calls its rows, one below the other
     there: Moved  # rows of the official layer to diffusers', and back
     back: Moved
@@ -61,7 +62,7 @@ def layers(part: str, shapes: Shapes) -> list[Layer]:
         name: str, pieces: tuple[str, ...], there: Moved = as_is, back: Moved = as_is
     ) -> Layer:
         height, *inputs = sizes[name]
-        return Layer(part, name, height, math.prod(inputs), pieces, there, back)
+        return Layer(part, name, height, math.prod(inputs), len(inputs) > 1, pieces, there, back)
 
     if part != "mmdit":
         return [layer(name, (name,)) for name in sizes] if part in ENCODERS else []

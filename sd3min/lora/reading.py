@@ -4,6 +4,7 @@ import json
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,10 +113,16 @@ def found_faults(opened: Opened, stems: Stems, known: Mapping[str, Place]) -> li
         for tensor in found.values()
         if tensor.dtype not in STORED_TYPES
     ]
+    rows = {
+        stem: (known[stem].layer, known[stem].rows.start, known[stem].rows.stop) for stem in there
+    }
+    counts = Counter(rows.values())
+    twice = [stem for stem in there if counts[rows[stem]] > 1]
     unknown += opened.unknown
     found = {
         f"has {some(unknown)}, which the model has no layer for": unknown,
         f"has but half of {some(half)}": half,
+        f"has {some(twice)} for the same place": twice,
         f"has {some(misshapen)}": misshapen,
         f"has {some(untyped)}, no plain floating-point type": untyped,
         "holds no layers": () if opened.stems or unknown else (opened.path,),

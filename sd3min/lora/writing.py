@@ -76,6 +76,8 @@ def diffusers_tensors(lora: LoRA) -> Written:
 def named_pieces(layer: Layer, low_rank: LowRank) -> list[tuple[str, Tensor, Tensor | None]]:
     """diffusers' names for the rows of a change, with B and DoRA's lengths of each."""
     up, lengths = low_rank.up, low_rank.magnitude
+    if layer.convolution:
+        raise Refusal(f"{layer.name} is a convolution: save as kohya")
     if low_rank.rows != layer.whole:
         name = next(name for name in layer.pieces if layer.rows(name) == low_rank.rows)
         return [(name, up, lengths)]
