@@ -2,18 +2,11 @@
 
 import numpy as np
 import pytest
-import small
 
 import sd3min
 from sd3min.config import Refusal
 
 PROMPTS = ["a red circle", "a cat"]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    return small.save_official(small.pipeline(folder), folder / "whole.safetensors")
 
 
 def pixels(pipe, **given):

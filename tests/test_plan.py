@@ -4,7 +4,6 @@ import math
 
 import files
 import pytest
-import small
 import torch
 
 import sd3min
@@ -18,12 +17,6 @@ CPU = torch.device("cpu")
 SD3, T5 = "sd3_medium_incl_clips.safetensors", "text_encoders/t5xxl_fp16.safetensors"
 
 official = pytest.mark.skipif(not files.manifests(), reason="the official lists are not here")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    return small.save_official(small.pipeline(folder), folder / "whole.safetensors")
 
 
 def made(path, dtype=torch.bfloat16, device=CPU, t5=True, memory="resident", pictures=1, **given):
