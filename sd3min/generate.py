@@ -47,6 +47,10 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     add_placement(parser)
     folder = "keep prompts' embeddings, so that the next run of a prompt loads no text encoder"
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help=folder)
+    modes = (
+        "the plain networks through torch.compile: default, or max-autotune, which takes minutes"
+    )
+    parser.add_argument("--compile", metavar="MODE", help=modes)
 
 
 def add_placement(parser: argparse.ArgumentParser) -> None:
@@ -165,8 +169,11 @@ def run_generate(arguments: argparse.Namespace) -> None:
     count = len(prompts) * max(call.get("num_images", 1), 1)
     paths = targets(arguments.out or again, prompts[0], count)
     dtype, t5 = arguments.dtype, arguments.t5 or not arguments.no_t5
+    memory, mmdit = arguments.memory, arguments.mmdit
     if record:
-        dtype, t5 = dtype or record.dtype, t5 if record.t5 is not False else False
+        dtype, mmdit = dtype or record.dtype, mmdit or record.mmdit
+        t5 = record.t5 if record.t5 is False or (record.t5 and t5 is True) else t5
+        memory = memory or ("resident" if mmdit else None)  # as kinds of network need
     opened = checkpoint.Checkpoint.open(
         arguments.weights,
         arguments.text_encoders,
@@ -177,7 +184,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     check_call(opened.parts["mmdit"].config, opened.defaults, **call)
     if record:
         check_origin(record, arguments, opened)
-    how = arguments.memory, arguments.mmdit, arguments.cache
+    how = memory, mmdit, arguments.cache, arguments.compile
     pipe = loading.assemble(opened, arguments.device, dtype, t5, *how)
     for image, path in zip(pipe(**call, progress=sys.stderr.isatty()), paths, strict=True):
         pipeline.save(image, path)

@@ -7,6 +7,7 @@ import torch
 
 from sd3min import checkpoint, pipeline
 from sd3min.config import Refusal
+from sd3min.fast.compiled import compile_, mode_options
 from sd3min.fast.stages import MEMORY, StagedPipeline
 from sd3min.fast.t5 import check as check_t5
 from sd3min.fast.t5 import load_t5
@@ -23,6 +24,7 @@ def load(
     memory: str | None = None,
     mmdit: str | None = None,
     cache: str | Path | None = None,
+    compile: str | None = None,
 ) -> Pipeline:
     """A pipeline from an official file, a folder of such files or a diffusers folder, or a name on
     the hub such as stabilityai/stable-diffusion-3-medium-diffusers; from the shipped sd3-tiny
@@ -37,12 +39,13 @@ def load(
     `memory`: "fast" keeps all parts and speeds the network up, "resident" keeps one part at a time,
     "stream" two layers of it; without it the parts are the plain modules. `mmdit="int8"` computes
     the network's linear layers in eight bits, and `cache` names a folder for prompts' embeddings,
-    so that a prompt's second run loads no text encoder: both under a plan of memory. Raises Refusal
-    where a file does not fit, and says which tensors.
+    so that a prompt's second run loads no text encoder: both under a plan of memory. `compile`: a
+    mode of torch.compile for the plain networks; "max-autotune" sets what diffusers' guide to
+    Stable Diffusion 3 does. Raises Refusal where a file does not fit, and says which tensors.
     """
     names = checkpoint.part_names(bool(t5))
     opened = checkpoint.Checkpoint.open(path, text_encoders, tokenizers, names)
-    return assemble(opened, device, dtype, t5, memory, mmdit, cache)
+    return assemble(opened, device, dtype, t5, memory, mmdit, cache, compile)
 
 
 def assemble(
@@ -53,18 +56,22 @@ def assemble(
     memory: str | None = None,
     mmdit: str | None = None,
     cache: str | Path | None = None,
+    compile: str | None = None,
 ) -> Pipeline:
     """A pipeline from opened files."""
-    check(opened, t5, memory, mmdit, cache)
+    check(opened, t5, memory, mmdit, cache, compile)
     chosen, place = opened.placement(device, dtype)
     if memory is not None:
-        return StagedPipeline(opened, chosen, place, t5, memory, mmdit, cache)
-    pipe = pipeline.assemble(opened, place, chosen, t5 is True)
-    if isinstance(t5, str):
-        encoders: Any = pipe.text_encoders
-        encoders.t5 = load_t5(opened.parts["t5"], chosen, place, t5)
-        encoders.tokenizers = [*encoders.tokenizers, opened.load_tokenizer("t5")]
-    return pipe
+        pipe = StagedPipeline(opened, chosen, place, t5, memory, mmdit, cache)
+    else:
+        pipe = pipeline.assemble(opened, place, chosen, t5 is True)
+        if isinstance(t5, str):
+            encoders: Any = pipe.text_encoders
+            encoders.t5 = load_t5(opened.parts["t5"], chosen, place, t5)
+            encoders.tokenizers = [*encoders.tokenizers, opened.load_tokenizer("t5")]
+    kinds = {"t5": t5, "mmdit": mmdit}
+    pipe.kinds = {name: kind for name, kind in kinds.items() if isinstance(kind, str)}
+    return pipe if compile is None else compile_(pipe, compile)
 
 
 def check(
@@ -73,6 +80,7 @@ def check(
     memory: str | None = None,
     mmdit: str | None = None,
     cache: str | Path | None = None,
+    compile: str | None = None,
 ) -> None:
     """Refuse plans that there are not, and files that do not fit."""
     if memory not in (None, *MEMORY):
@@ -84,6 +92,10 @@ def check(
     if cache and memory is None:
         plans = ", ".join(MEMORY)
         raise Refusal(f"cache {cache} is for encoders loaded when needed: pass memory {plans}")
+    if compile is not None:
+        mode_options(compile)
+        if memory is not None:
+            raise Refusal(f"compile {compile} is for the plain networks: leave memory {memory} out")
     opened.require(checkpoint.part_names(bool(t5)))
     if isinstance(t5, str):
         check_t5(opened.parts["t5"], t5)

@@ -36,11 +36,12 @@ TYPES: dict[
     "conventions": (str,),
     "init_image": OPTIONAL_TEXT,
     "mask_image": OPTIONAL_TEXT,
-    "t5": (bool,),
+    "t5": (bool, str),
+    "mmdit": OPTIONAL_TEXT,
     "dtype": (str,),
 }
 NEEDED = list(TYPES)[: list(TYPES).index("weights") + 1]
-AROUND = ("versions", "weights", "init_image", "mask_image", "t5", "dtype")  # what no call takes
+AROUND = ("versions", "weights", "init_image", "mask_image", "t5", "mmdit", "dtype")  # no call's
 LONG = 100  # characters of a value that no record has, but for prompts
 
 
@@ -52,7 +53,8 @@ class Record(NamedTuple):
     weights: str  # `checkpoint.fingerprint` of the file
     init_image: str | None  # SHA-256 of the pixels of the picture that it was made from
     mask_image: str | None
-    t5: bool | None
+    t5: bool | str | None  # whether it was there, or in which eight bits
+    mmdit: str | None  # as `load` has it
     dtype: str | None
 
     def check_image(self, name: str, image: Image.Image | None, given: str) -> None:

@@ -100,6 +100,7 @@ class StagedPipeline(Pipeline):
         self.planned = partial(plan, opened, **kept)
         self.config, self.defaults = opened.parts["mmdit"].config, opened.defaults
         self.weights, self.device, self.dtype = opened.fingerprint(), device, dtype
+        self.kinds = {}
         self.stages = Stages(loaders(opened, **kept), keep=memory == "fast")
         self.text_encoders: Any = StagedEncoders(self.stages, opened, bool(t5))
         names = [*([] if cache else encoder_names(bool(t5))), "network", "autoencoder"]
