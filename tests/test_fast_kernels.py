@@ -182,6 +182,13 @@ def test_tensors_that_are_not_one_row_after_the_other_are_left_to_pytorch():
     assert error(kernels.add_gated_(tokens, gate, update), expected.double()) < 2**-7
 
 
+def test_rows_that_are_no_multiple_of_16_are_left_to_pytorch():
+    assert not native.serves(random(3, 24))
+    x = random(2, 24, 5, 7).to(memory_format=torch.channels_last)
+    made = kernels.activate(x, torch.full((24,), 2.0), torch.ones(24))
+    assert error(made, nn.functional.silu(2 * x.double() + 1)) < 2**-8
+
+
 def test_without_a_compiler_there_is_one_warning_and_pytorch(monkeypatch):
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     native.library.cache_clear()

@@ -1,6 +1,7 @@
 """Blocks that are multiplied where the file is mapped are the blocks that were read."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,14 @@ def test_pages_leave_the_process_after_their_block_and_can_be_had_again(tmp_path
             assert resident(pages.memory) >= 1 << 23
             pages.drop(one)
             assert resident(pages.memory) < 1 << 22
+
+
+def test_a_scale_is_applied(tmp_path):
+    save_file({"scale": torch.tensor(0.5), "weight": torch.ones(3, 5)}, tmp_path / "two")
+    stored, _ = read_header(tmp_path / "two")
+    tensors = {one.name: one for one in stored}
+    scaled = replace(tensors["weight"], scale=tensors["scale"])
+    assert mapped.Pages(tmp_path / "two").read(scaled).eq(0.5).all()
 
 
 @torch.no_grad()

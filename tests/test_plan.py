@@ -81,6 +81,20 @@ def test_what_is_computed_grows_with_the_pictures(whole):
     assert unguided[3] - fixed == (one[3] - fixed) // 2 and unguided[4] == one[4]
 
 
+def test_a_streamed_network_has_a_block_mapped_and_the_rest_of_its_own(whole):
+    stage = made(whole, memory="stream").stages[3]
+    tensors = Checkpoint.open(whole).parts["mmdit"].tensors
+    block = [
+        math.prod(t.shape)
+        for name, t in tensors.items()
+        if name.startswith("joint_blocks.0.") and len(t.shape) == 2 and "adaLN" not in name
+    ]
+    assert stage.mapped == 4 * sum(block)  # the file is in float32
+    own = [t for t in tensors if "adaLN" not in t or not t.startswith("joint_blocks")]
+    rest = [t for t in own if not (t.startswith("joint_blocks") and len(tensors[t].shape) == 2)]
+    assert stage.weights == 2 * sum(math.prod(tensors[name].shape) for name in rest)
+
+
 def test_a_plan_that_keeps_all_adds_up(whole):
     kept, apart = made(whole, memory="fast"), made(whole)
     assert kept.peak > apart.peak
