@@ -62,6 +62,10 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     add_placement(parser)
     folder = "keep prompts' embeddings, so that the next run of a prompt loads no text encoder"
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help=folder)
+    modes = (
+        "the plain networks through torch.compile: default, or max-autotune, which takes minutes"
+    )
+    parser.add_argument("--compile", metavar="MODE", help=modes)
 
 
 def add_placement(parser: argparse.ArgumentParser) -> None:
@@ -201,10 +205,11 @@ def run_gallery(arguments: argparse.Namespace) -> None:
     t5 = arguments.t5 or not arguments.no_t5
     opened = open_weights(arguments, bool(t5))
     checked = check_call(opened.parts["mmdit"].config, opened.defaults, **call)
-    how = arguments.device, arguments.dtype, t5, arguments.memory, arguments.mmdit, arguments.cache
-    loading.check(opened, *how[2:])
+    place = arguments.device, arguments.dtype
+    how = t5, arguments.memory, arguments.mmdit, arguments.cache
+    loading.check(opened, *how, arguments.compile)
     opened = merged(opened, arguments.lora, checkpoint.part_names(bool(t5)))
-    dtype, _ = opened.placement(*how[:2])
+    dtype, _ = opened.placement(*place)
     common = {
         "init_image": pixel_hash(call["init_image"]),
         "mask_image": pixel_hash(call["mask_image"], "L"),
@@ -215,7 +220,10 @@ def run_gallery(arguments: argparse.Namespace) -> None:
     }
     gallery.check_folder(arguments.out_dir)
     pictures = gallery.Gallery(arguments.out_dir, gallery.records(checked, common))
-    pictures.make(lambda: loading.assemble(opened, *how), call, batch, rank, processes)
+    last = None, arguments.compile  # the LoRAs are merged
+    pictures.make(
+        lambda: loading.assemble(opened, *place, *how, *last), call, batch, rank, processes
+    )
     manifest = pictures.write_manifest()
     if manifest:
         print(manifest)
@@ -260,15 +268,18 @@ def run_generate(arguments: argparse.Namespace) -> None:
     count = len(prompts) * max(call.get("num_images", 1), 1)
     paths = targets(arguments.out or again, prompts[0], count)
     dtype, t5 = arguments.dtype, arguments.t5 or not arguments.no_t5
+    memory, mmdit = arguments.memory, arguments.mmdit
     if record:
-        dtype, t5 = dtype or record.dtype, t5 if record.t5 is not False else False
+        dtype, mmdit = dtype or record.dtype, mmdit or record.mmdit
+        t5 = record.t5 if record.t5 is False or (record.t5 and t5 is True) else t5
+        memory = memory or ("resident" if mmdit else None)  # as kinds of network need
     opened = open_weights(arguments, bool(t5))
     check_call(opened.parts["mmdit"].config, opened.defaults, **call)
     if record:
         check_origin(record, arguments, opened)
-    how = arguments.memory, arguments.mmdit, arguments.cache
     loras = arguments.lora or (find_loras(record, arguments.like) if record else None)
-    pipe = loading.assemble(opened, arguments.device, dtype, t5, *how, loras)
+    how = memory, mmdit, arguments.cache, loras, arguments.compile
+    pipe = loading.assemble(opened, arguments.device, dtype, t5, *how)
     if record:
         check_loras(record, arguments.like, pipe)
     for image, path in zip(pipe(**call, progress=sys.stderr.isatty()), paths, strict=True):

@@ -7,6 +7,7 @@ import torch
 
 from sd3min import checkpoint, pipeline
 from sd3min.config import Refusal
+from sd3min.fast.compiled import compile_, mode_options
 from sd3min.fast.stages import MEMORY, StagedPipeline
 from sd3min.fast.t5 import check as check_t5
 from sd3min.fast.t5 import load_t5
@@ -25,6 +26,7 @@ def load(
     mmdit: str | None = None,
     cache: str | Path | None = None,
     lora: LoRAs | None = None,
+    compile: str | None = None,
 ) -> Pipeline:
     """A pipeline from an official file, a folder of such files or a diffusers folder, or a name on
     the hub such as stabilityai/stable-diffusion-3-medium-diffusers; from the shipped sd3-tiny
@@ -41,11 +43,13 @@ def load(
     the network's linear layers in eight bits, and `cache` names a folder for prompts' embeddings,
     so that a prompt's second run loads no text encoder: both under a plan of memory. `lora`:
     files of LoRAs, or pairs of a file and how much it counts, such as ("cat.safetensors", 0.8); see
-    `sd3min.lora`. Raises Refusal where a file does not fit, and says which tensors.
+    `sd3min.lora`. `compile`: a mode of torch.compile for the plain networks; "max-autotune" sets
+    what diffusers' guide to Stable Diffusion 3 does. Raises Refusal where a file does not fit, and
+    says which tensors.
     """
     names = checkpoint.part_names(bool(t5))
     opened = checkpoint.Checkpoint.open(path, text_encoders, tokenizers, names)
-    return assemble(opened, device, dtype, t5, memory, mmdit, cache, lora)
+    return assemble(opened, device, dtype, t5, memory, mmdit, cache, lora, compile)
 
 
 def assemble(
@@ -57,21 +61,25 @@ def assemble(
     mmdit: str | None = None,
     cache: str | Path | None = None,
     lora: LoRAs | None = None,
+    compile: str | None = None,
 ) -> Pipeline:
     """A pipeline from opened files."""
-    check(opened, t5, memory, mmdit, cache)
+    check(opened, t5, memory, mmdit, cache, compile)
     opened = merged(opened, lora, checkpoint.part_names(bool(t5)))
     if t5 == "fp8" and opened.parts["t5"].loras:
         raise Refusal("t5 fp8 keeps T5 as it is stored, and a LoRA changes it: pass t5 int8")
     chosen, place = opened.placement(device, dtype)
     if memory is not None:
-        return StagedPipeline(opened, chosen, place, t5, memory, mmdit, cache)
-    pipe = pipeline.assemble(opened, place, chosen, t5 is True)
-    if isinstance(t5, str):
-        encoders: Any = pipe.text_encoders
-        encoders.t5 = load_t5(opened.parts["t5"], chosen, place, t5)
-        encoders.tokenizers = [*encoders.tokenizers, opened.load_tokenizer("t5")]
-    return pipe
+        pipe = StagedPipeline(opened, chosen, place, t5, memory, mmdit, cache)
+    else:
+        pipe = pipeline.assemble(opened, place, chosen, t5 is True)
+        if isinstance(t5, str):
+            encoders: Any = pipe.text_encoders
+            encoders.t5 = load_t5(opened.parts["t5"], chosen, place, t5)
+            encoders.tokenizers = [*encoders.tokenizers, opened.load_tokenizer("t5")]
+    kinds = {"t5": t5, "mmdit": mmdit}
+    pipe.kinds = {name: kind for name, kind in kinds.items() if isinstance(kind, str)}
+    return pipe if compile is None else compile_(pipe, compile)
 
 
 def check(
@@ -80,6 +88,7 @@ def check(
     memory: str | None = None,
     mmdit: str | None = None,
     cache: str | Path | None = None,
+    compile: str | None = None,
 ) -> None:
     """Refuse plans that there are not, and files that do not fit."""
     if memory not in (None, *MEMORY):
@@ -91,6 +100,10 @@ def check(
     if cache and memory is None:
         plans = ", ".join(MEMORY)
         raise Refusal(f"cache {cache} is for encoders loaded when needed: pass memory {plans}")
+    if compile is not None:
+        mode_options(compile)
+        if memory is not None:
+            raise Refusal(f"compile {compile} is for the plain networks: leave memory {memory} out")
     opened.require(checkpoint.part_names(bool(t5)))
     if isinstance(t5, str):
         check_t5(opened.parts["t5"], t5)

@@ -106,6 +106,7 @@ class Pipeline:
         self.mmdit, self.autoencoder, self.text_encoders = mmdit, autoencoder, text_encoders
         self.config, self.defaults = mmdit.config, defaults or Defaults()
         self.weights, self.loras = weights, loras
+        self.kinds: dict[str, str] = {}  # of "mmdit" and "t5" in eight bits, as `loading` has them
         self.device, self.dtype = mmdit.pos_embed.device, mmdit.pos_embed.dtype
 
     @torch.no_grad()
@@ -270,6 +271,7 @@ class Pipeline:
             "init_image": record.pixel_hash(init_image),
             "mask_image": record.pixel_hash(mask_image, "L"),
             "t5": self.text_encoders.has_t5,
+            **self.kinds,
             "dtype": str(self.dtype).removeprefix("torch."),
             "weights": self.weights,
             "loras": [list(lora) for lora in self.loras],

@@ -37,12 +37,16 @@ TYPES: dict[
     "conventions": (str,),
     "init_image": OPTIONAL_TEXT,
     "mask_image": OPTIONAL_TEXT,
-    "t5": (bool,),
+    "t5": (bool, str),
+    "mmdit": OPTIONAL_TEXT,
     "dtype": (str,),
     "loras": (list,),
 }
 NEEDED = list(TYPES)[: list(TYPES).index("weights") + 1]
-AROUND = ("versions", "weights", "init_image", "mask_image", "t5", "dtype", "loras")  # no call's
+AROUND = (  # what is no call's
+    *("versions", "weights", "init_image", "mask_image"),
+    *("t5", "mmdit", "dtype", "loras"),
+)
 LONG = 100  # characters of a value that no record has, but for prompts
 
 
@@ -54,7 +58,8 @@ class Record(NamedTuple):
     weights: str  # `checkpoint.fingerprint` of the file
     init_image: str | None  # SHA-256 of the pixels of the picture that it was made from
     mask_image: str | None
-    t5: bool | None
+    t5: bool | str | None  # whether it was there, or in which eight bits
+    mmdit: str | None  # as `load` has it
     dtype: str | None
     loras: Sequence[tuple[str, str, float]] | None  # file, its fingerprint, and how much it counts
 

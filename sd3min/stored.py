@@ -17,6 +17,20 @@ from torch import Tensor
 from sd3min.config import Refusal
 
 Read = Callable[[str], Tensor]
+TYPES = {  # by the names that safetensors gives them
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,16 @@ class Stored:
     def paths(self) -> list[Path]:
         """The file."""
         return [self.path]
+
+    @property
+    def pieces(self) -> "tuple[Stored, ...]":
+        """Itself, as one that is not joined of several."""
+        return (self,)
+
+    @property
+    def bytes(self) -> int:
+        """Its length in the file."""
+        return torch.Size(self.shape).numel() * TYPES[self.dtype].itemsize
 
     def read(self) -> Tensor:
         """The values as they are stored, mapped from the file; a scale is not applied."""
@@ -124,6 +148,11 @@ class Changed:
     def paths(self) -> list[Path]:
         """The files of the unchanged values."""
         return self.base.paths
+
+    @property
+    def pieces(self) -> tuple[Stored, ...]:
+        """What is stored of the unchanged values."""
+        return self.base.pieces
 
     def read(self) -> Tensor:
         """The changed values in float32."""

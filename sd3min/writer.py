@@ -17,21 +17,8 @@ import torch
 from torch import Tensor
 
 from sd3min.config import Refusal
+from sd3min.stored import TYPES
 
-TYPES = {  # by the names that safetensors gives them
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 HEADER_STEP = 8  # bytes that a header's length is a multiple of, so that the tensors are aligned
 
 

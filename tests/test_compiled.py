@@ -10,6 +10,8 @@ import pytest
 import small
 import torch
 
+import sd3min
+from sd3min import cli
 from sd3min.config import Refusal
 from sd3min.fast import compiled
 
@@ -74,6 +76,27 @@ def test_short_products_are_for_gpus_alone(device, expected, pipe):
         assert torch.get_float32_matmul_precision() == expected
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("mode", ["default", "max-autotune"])
+def test_it_is_asked_for_by_name(mode, whole, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, **given: asked.append((net, given)))
+    pipe = sd3min.load(whole, compile=mode)
+    assert [net for net, _ in asked] == [pipe.mmdit, pipe.autoencoder.decoder]
+    assert all(given["options"] == compiled.mode_options(mode) for _, given in asked)
+    asked.clear()
+    sd3min.load(whole)
+    assert not asked
+
+
+def test_the_command_compiles(whole, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, **given: asked.append(net))
+    out = tmp_path / "one.png"
+    call = ["generate", "a cat", "--weights", str(whole), "--steps", "1", "--size", "32x32"]
+    assert cli.main([*call, "--compile", "default", "--out", str(out)]) == 0
+    assert out.exists() and len(asked) == 2
 
 
 def test_an_unknown_mode_is_refused(pipe):

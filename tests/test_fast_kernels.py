@@ -154,6 +154,21 @@ class TestLoops:
         kernels.put_(place, halves)
         assert torch.equal(place, halves.to(B))
 
+    @pytest.mark.parametrize("stored", [B, torch.float16])
+    @pytest.mark.parametrize(
+        ("rows", "inputs", "heights"),
+        [(1, 32, (32,)), (37, 192, (64, 32, 64)), (96, 64, (8192,)), (33, 6144, (160,))],
+    )
+    def test_linear_layers_of_stored_weights(self, stored, rows, inputs, heights):
+        pieces = [random(n, inputs, seed=i).to(stored) for i, n in enumerate(heights)]
+        x, bias = random(3, rows, inputs), 9 * random(sum(heights), seed=9)
+        compare(lambda x, bias, *weights: kernels.linear(x, weights, bias), x, bias, *pieces)
+
+    def test_linear_layers_round_float16_as_pytorch(self):
+        weight = torch.tensor([1.00390625, 65504.0, -6e-8, 1.01171875]).half().repeat(32, 8)
+        x, bias = torch.eye(32).to(B), torch.zeros(32).to(B)
+        assert torch.equal(kernels.linear(x, [weight], bias), weight.to(B).T)
+
     def test_rescale(self):
         scales = random(3, 5, 1).float()
         compare(lambda y, bias: kernels.rescale_(y, scales, bias), random(3, 5, 96), random(96))
@@ -167,15 +182,22 @@ def test_tensors_that_are_not_one_row_after_the_other_are_left_to_pytorch():
     assert error(kernels.add_gated_(tokens, gate, update), expected.double()) < 2**-7
 
 
+def test_rows_that_are_no_multiple_of_16_are_left_to_pytorch():
+    assert not native.serves(random(3, 24))
+    x = random(2, 24, 5, 7).to(memory_format=torch.channels_last)
+    made = kernels.activate(x, torch.full((24,), 2.0), torch.ones(24))
+    assert error(made, nn.functional.silu(2 * x.double() + 1)) < 2**-8
+
+
 def test_without_a_compiler_there_is_one_warning_and_pytorch(monkeypatch):
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     native.library.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match=r"would do faster \(there is no C compiler\)"):
-            assert not native.serves(random(3, 4))
+            assert not native.serves(random(3, 16))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert kernels.gelu_(random(3, 4)).dtype == B
+            assert kernels.gelu_(random(3, 16)).dtype == B
     finally:
         native.library.cache_clear()
 

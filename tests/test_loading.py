@@ -2,18 +2,11 @@
 
 import numpy as np
 import pytest
-import small
 
 import sd3min
 from sd3min.config import Refusal
 
 PROMPTS = ["a red circle", "a cat"]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    return small.save_official(small.pipeline(folder), folder / "whole.safetensors")
 
 
 def pixels(pipe, **given):
@@ -49,6 +42,8 @@ def test_the_second_run_of_a_prompt_loads_no_encoder(memory, whole, tmp_path):
         ({"mmdit": "int8", "memory": "stream"}, "pass memory fast or resident"),
         ({"cache": "here"}, "pass memory fast, resident, stream"),
         ({"t5": "int8", "memory": "stream"}, "leave it out under memory stream"),
+        ({"compile": "quickest"}, "mode quickest is not one of .*max-autotune"),
+        ({"compile": "default", "memory": "fast"}, "compile default is for the plain networks"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(given, said):

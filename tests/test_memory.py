@@ -5,7 +5,6 @@ import weakref
 
 import numpy as np
 import pytest
-import small
 import torch
 from PIL import Image
 
@@ -17,21 +16,6 @@ from sd3min.fast.stream import Ahead, streamed_encoder, unmapped
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle above a blue square on gray", "a cat", "a green star"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("weights")
-
-
-@pytest.fixture(scope="module")
-def pipe(folder):
-    return small.pipeline(folder)
-
-
-@pytest.fixture(scope="module")
-def whole(pipe, folder):
-    return small.save_official(pipe, folder / "whole.safetensors")
 
 
 def pixels(pipe, **given):
@@ -98,7 +82,8 @@ def test_a_preview_between_steps_only_costs_a_stage(whole):
     assert np.array_equal(made, pixels(staged))
 
 
-def test_the_plain_network_is_there_for_who_asks(pipe, whole):
+def test_the_plain_network_is_there_for_who_asks(whole):
+    pipe = sd3min.load(whole)
     staged = sd3min.load(whole, memory="stream")
     latents = torch.randn(1, 16, 4, 6)
     text = staged.encode_prompt(["a cat"])

@@ -4,7 +4,6 @@ import math
 
 import files
 import pytest
-import small
 import torch
 
 import sd3min
@@ -18,12 +17,6 @@ CPU = torch.device("cpu")
 SD3, T5 = "sd3_medium_incl_clips.safetensors", "text_encoders/t5xxl_fp16.safetensors"
 
 official = pytest.mark.skipif(not files.manifests(), reason="the official lists are not here")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    return small.save_official(small.pipeline(folder), folder / "whole.safetensors")
 
 
 def made(path, dtype=torch.bfloat16, device=CPU, t5=True, memory="resident", pictures=1, **given):
@@ -86,6 +79,20 @@ def test_what_is_computed_grows_with_the_pictures(whole):
     unguided = [stage.working for stage in made(whole, guidance_scale=1.0).stages]
     assert unguided[:3] == [working // 2 for working in one[:3]]
     assert unguided[3] - fixed == (one[3] - fixed) // 2 and unguided[4] == one[4]
+
+
+def test_a_streamed_network_has_a_block_mapped_and_the_rest_of_its_own(whole):
+    stage = made(whole, memory="stream").stages[3]
+    tensors = Checkpoint.open(whole).parts["mmdit"].tensors
+    block = [
+        math.prod(t.shape)
+        for name, t in tensors.items()
+        if name.startswith("joint_blocks.0.") and len(t.shape) == 2 and "adaLN" not in name
+    ]
+    assert stage.mapped == 4 * sum(block)  # the file is in float32
+    own = [t for t in tensors if "adaLN" not in t or not t.startswith("joint_blocks")]
+    rest = [t for t in own if not (t.startswith("joint_blocks") and len(tensors[t].shape) == 2)]
+    assert stage.weights == 2 * sum(math.prod(tensors[name].shape) for name in rest)
 
 
 def test_a_plan_that_keeps_all_adds_up(whole):

@@ -76,6 +76,32 @@ def test_a_picture_is_made_again_from_its_record(given, here, capsys):
     assert Path("one.png").read_bytes() == Path("one-again.png").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("given", "t5", "mmdit"),
+    [
+        ("--t5 int8", "int8", None),
+        ("--memory resident --mmdit int8 --no-t5", False, "int8"),
+        ("--memory fast --mmdit int8 --t5 int8", "int8", "int8"),
+    ],
+)
+def test_a_picture_is_made_again_with_the_same_eight_bits(given, t5, mmdit, here, capsys):
+    assert run(f"{given} --steps 2 --seed 5 --out one.png", PROMPT) == 0
+    found = sd3min.read_record("one.png")
+    assert (found.t5, found.mmdit) == (t5, mmdit)
+    assert run("--like one.png") == 0
+    assert Path("one.png").read_bytes() == Path("one-again.png").read_bytes()
+    assert not capsys.readouterr().err
+    plain = "--no-t5" if t5 is False else ""
+    assert run(f"{plain} --steps 2 --seed 5 --out plain.png", PROMPT) == 0
+    assert not same_pixels("one.png", "plain.png")
+    if mmdit:
+        assert run("--like one.png --memory stream --out two.png") == 2
+        assert "mmdit int8 is for a network made for runs" in said(capsys)
+    else:
+        assert run("--like one.png --t5 int4") == 2
+        assert "t5 int4 is not one of" in said(capsys)
+
+
 def test_options_override_the_record(here):
     assert run("--steps 2 --seed 5 --out one.png", PROMPT) == 0
     assert run("--like one.png --seed 6 --guidance 2 --size 32x32 --out two.png", "a cat") == 0

@@ -3,8 +3,9 @@
 Each side is a process of its own (tools/bench_sides.py) with random bfloat16 weights of official
 width, and all take turns, so that whatever else the machine does meets all of them. Medians and
 ratios count; seconds belong to the machine. Peers that are not installed are left out: diffusers
-comes with `pip install -e .[dev]`, OpenVINO with `pip install openvino`. `--work "step 512"` puts
-that row alone anew.
+comes with `pip install -e .[dev]`, OpenVINO with `pip install openvino`, stable-diffusion.cpp with
+`pip install cyllama`. `--work "step 512"` puts that row alone anew; `--sides fast stream --work
+"step 512" "step 1024" --out tools/bench_stream.json` is what reading from the file costs.
 
 GFLOP/s are those of the plain network's products, depth·(24·d²·T + 4·T²·d) for T tokens of d
 channels of each picture, whatever a side does to need fewer, beside the most that one product
@@ -33,9 +34,10 @@ PEERS = {
     "diffusers, channels last": "diffusers",
     "diffusers, compiled": "diffusers",
     "OpenVINO": "openvino",
+    "stable-diffusion.cpp": "cyllama",
 }
 DEFAULT = ["diffusers", "plain", "fast", "int8", "diffusers, channels last"]
-STEPS_ALONE = ("int8", "OpenVINO")  # which have no decoder of their own
+STEPS_ALONE = ("int8", "stream", "OpenVINO", "stable-diffusion.cpp")  # with no decoder of their own
 DECODING_ALONE = ("diffusers, channels last",)  # whose steps are diffusers'
 WORK = {
     "step 512": ["step", {"size": 512}],
@@ -44,6 +46,7 @@ WORK = {
     "decode 512": ["decode", {"size": 512}],
     "decode 1024": ["decode", {"size": 1024}],
 }
+SMALL = {"step 256": ["step", {"size": 256}]}  # for who is slow, if asked for
 TOKENS = (64, 256, 1024, 2304, 4096, 9216, 16384)  # of the image, for cost against work
 
 
@@ -58,20 +61,21 @@ class Process:
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
         )
 
-    def ask(self, work: Sequence[Any]) -> tuple[float, float]:
-        """Seconds of the clock and of the processor for one piece of work."""
+    def ask(self, work: Sequence[Any]) -> tuple[float, float, int]:
+        """Seconds of the clock and of the processor for one piece of work, and bytes resident."""
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps(work) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"the side {self.process.args} stopped")
-        wall, busy = json.loads(line)
-        return wall, busy
+        wall, busy, resident = json.loads(line)
+        return wall, busy, resident
 
     def close(self) -> None:
-        """End it, and its memory."""
-        self.process.kill()
+        """End it, and its memory and files."""
+        assert self.process.stdin
+        self.process.stdin.close()
         self.process.wait()
 
 
@@ -82,7 +86,7 @@ def compare(
     processes = {side: Process(side, depth, threads) for side in sides}
     try:
         ready = {side: process.ask(work)[0] for side, process in processes.items()}
-        times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+        times: dict[str, list[tuple[float, float, int]]] = {side: [] for side in sides}
         for _ in range(rounds):
             for side, process in processes.items():
                 times[side].append(process.ask(work))
@@ -91,9 +95,10 @@ def compare(
             process.close()
     return {
         side: {
-            "seconds": statistics.median(wall for wall, _ in found),
-            "processor": statistics.median(busy for _, busy in found),
-            "spread": [min(wall for wall, _ in found), max(wall for wall, _ in found)],
+            "seconds": statistics.median(wall for wall, _, _ in found),
+            "processor": statistics.median(busy for _, busy, _ in found),
+            "spread": [min(wall for wall, _, _ in found), max(wall for wall, _, _ in found)],
+            "resident": max(bytes for _, _, bytes in found),
             "ready": ready[side],
         }
         for side, found in times.items()
@@ -213,15 +218,15 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The comparison in Markdown: times as fast as diffusers, and seconds of diffusers."""
-    sides = results["sides"]
-    head = ["", *sides[1:], "diffusers, s", "GFLOP/s, fast"]
+    """The comparison in Markdown: times as fast as the first side, and that one's seconds."""
+    first, *sides = results["sides"]
+    head = ["", *sides, f"{first}, s", "GFLOP/s, fast"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for title, row in results["work"].items():
-        base = row["diffusers"]["seconds"]
-        cells = [f"{base / row[s]['seconds']:.2f}x" if s in row else "–" for s in sides[1:]]
+        base = row[first]["seconds"]
+        cells = [f"{base / row[s]['seconds']:.2f}x" if s in row else "–" for s in sides]
         done = row.get("operations")
-        rate = f"{done / row['fast']['seconds'] / 1e9:,.0f}" if done else "–"
+        rate = f"{done / row['fast']['seconds'] / 1e9:,.0f}" if done and "fast" in row else "–"
         lines.append(f"| {title} | {' | '.join(cells)} | {base:.2f} | {rate} |")
     return "\n".join(lines)
 
@@ -246,7 +251,7 @@ def main() -> None:
     if all(before.get(name) == results[name] for name in same):  # what is not measured again stays
         results = before | {"ceilings": results["ceilings"]}
     for title in arguments.work:
-        kind, options = WORK[title]
+        kind, options = (WORK | SMALL)[title]
         unable = DECODING_ALONE if kind == "step" else STEPS_ALONE
         able = [side for side in sides if side not in unable]
         row = compare(able, [kind, options], arguments.depth, arguments.rounds, arguments.threads)

@@ -1,34 +1,52 @@
 """One side of tools/bench.py: a process that holds one implementation and times what it is told.
 
 It reads a line of JSON for each piece of work, does it once, and answers with the seconds of the
-clock and of the processor. Weights are random, of official width, and the same for nobody: only
-their shapes decide the time.
+clock and of the processor, and the most bytes that were resident meanwhile, mapped pages counted.
+Weights are random, of official width, and the same for nobody: only their shapes decide the time.
 """
 
 import json
+import os
+import re
 import sys
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sd3min.autoencoder import Autoencoder
-from sd3min.config import HEAD_WIDTH, AutoencoderConfig, MMDiTConfig
+from sd3min.config import CLIP_G, CLIP_L, HEAD_WIDTH, AutoencoderConfig, MMDiTConfig
 from sd3min.fast.decoder import FastDecoder
 from sd3min.fast.linear import Int8Linear, packed
+from sd3min.fast.mapped import mapped_network
 from sd3min.fast.mmdit import FastMMDiT
 from sd3min.mmdit import MMDiT
+from sd3min.parts import MODULES, PREFIXES, Part
+from sd3min.stored import read_header
 from sd3min.text_encoders import Conditioning
+from sd3min.writer import Lazy, header, write_tensors
 
 TYPE = torch.bfloat16
 HEADS, CLIP_ROWS, T5_ROWS = 24, 77, 256
 WIDTHS = (128, 256, 512, 512)
-Work = Callable[[], Any]
+Shapes = dict[str, list[int]]
+
+
+class Spent(NamedTuple):
+    """Seconds of the clock and of the processor."""
+
+    clock: float
+    processor: float
+
+
+Work = Callable[[], Any]  # which may say itself what it spent on what was asked
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,26 @@ def filled(module: nn.Module) -> nn.Module:
     for tensor in [*module.parameters(), *module.buffers()]:
         tensor.data.copy_(random(*tensor.shape))
     return module.eval().requires_grad_(False)
+
+
+def shapes(module: nn.Module, prefix: str = "") -> Shapes:
+    """Of every tensor."""
+    return {prefix + name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def wide(depth: int) -> nn.Module:
+    """The network of a depth on the meta device."""
+    with torch.device("meta"):
+        return MMDiT(Wide(depth))
+
+
+class WidePart(Part):
+    """The network in a file, of any depth."""
+
+    @property
+    def config(self) -> Wide:
+        """Its sizes."""
+        return Wide(sum(name.endswith("x_block.attn.qkv.weight") for name in self.tensors))
 
 
 class Side(ABC):
@@ -83,9 +121,7 @@ class Plain(Side):
 
     def step(self, size: int, batch: int = 1, zeros: bool = False) -> Work:
         """As above."""
-        with torch.device("meta"):
-            network = MMDiT(Wide(self.depth))
-        network = self.made(filled(network))
+        network = self.made(filled(wide(self.depth)))
         latents, text = self.inputs(size, batch, zeros)
         return lambda: network(latents, torch.full((len(latents),), 700.0), *text)
 
@@ -117,14 +153,14 @@ class Fast(Side):
 
     def step(self, size: int, batch: int = 1, zeros: bool = False) -> Work:
         """As above."""
-        with torch.device("meta"):
-            shapes = {
-                name: tensor.shape for name, tensor in MMDiT(Wide(self.depth)).state_dict().items()
-            }
-        network = FastMMDiT(Wide(self.depth), lambda name: random(*shapes[name]), self.make)
         latents, text = self.inputs(size, batch, zeros)
-        run = network.prepare(text, torch.tensor([1000.0, 700.0]))
+        run = self.network().prepare(text, torch.tensor([1000.0, 700.0]))
         return lambda: run(latents, 1)
+
+    def network(self) -> FastMMDiT:
+        """The network for runs."""
+        sizes = shapes(wide(self.depth))
+        return FastMMDiT(Wide(self.depth), lambda name: random(*sizes[name]), self.make)
 
     def decode(self, size: int) -> Work:
         """As above."""
@@ -137,6 +173,22 @@ class Int8(Fast):
     """The same with linear layers of 8 bits."""
 
     make = staticmethod(Int8Linear)
+
+
+class Stream(Fast):
+    """The same, whose weights stay in a file of float16, as the official one of SD3-medium is."""
+
+    def network(self) -> FastMMDiT:
+        """As above."""
+        self.folder = tempfile.TemporaryDirectory()
+        path = Path(self.folder.name) / "mmdit.safetensors"
+        lazy = {
+            name: Lazy(shape, "F16", partial(lambda shape: random(*shape).half(), shape))
+            for name, shape in shapes(wide(self.depth)).items()
+        }
+        write_tensors(path, lazy, {})
+        stored, _ = read_header(path)
+        return mapped_network(WidePart("mmdit", path, {one.name: one for one in stored}), TYPE)
 
 
 class Diffusers(Side):
@@ -234,16 +286,81 @@ class OpenVINO(Diffusers):
         return module
 
 
+class StableDiffusionCpp(Side):
+    """stable-diffusion.cpp by cyllama, in float16, of SD3-medium alone and without T5.
+
+    A step is timed between its own reports of progress: what it does around them is left out. It is
+    not asked to log, since its threads that load would wait for Python's lock for ever.
+    """
+
+    def step(self, size: int, batch: int = 1, zeros: bool = False) -> Work:
+        """As above, of zeros as weights: nothing in it is sparse."""
+        from cyllama import sd
+
+        self.folder = tempfile.TemporaryDirectory()
+        path = Path(self.folder.name) / "sd3.safetensors"
+        lazy = {name: Lazy(shape, "F16", torch.Tensor) for name, shape in self.tensors().items()}
+        head = header(lazy, {})
+        path.write_bytes(head)
+        with path.open("r+b") as file:
+            file.truncate(len(head) + sum(tensor.bytes for tensor in lazy.values()))
+        params = sd.SDContextParams(model_path=str(path), n_threads=torch.get_num_threads())
+        context = sd.SDContext(params)
+        times: list[Spent] = []
+        sd.set_progress_callback(lambda *_: times.append(now()))
+
+        def work() -> Spent:
+            times.clear()
+            call = {"width": size, "height": size, "sample_steps": 2, "cfg_scale": 4.0}
+            context.generate("a cat", batch_count=batch, **call)
+            return Spent(*(b - a for a, b in zip(*times[-2:], strict=True)))
+
+        return work
+
+    def decode(self, size: int) -> Work:
+        """Not timed apart."""
+        raise ValueError("stable-diffusion.cpp reports steps alone")
+
+    def tensors(self) -> Shapes:
+        """Names and shapes of an official file."""
+        with torch.device("meta"):
+            modules = {
+                "mmdit": wide(self.depth),
+                "autoencoder": Autoencoder(AutoencoderConfig(WIDTHS, 2)),
+                "clip_l": MODULES["clip_l"](CLIP_L),
+                "clip_g": MODULES["clip_g"](CLIP_G),
+            }
+        found = [shapes(module, PREFIXES[name]) for name, module in modules.items()]
+        return {name: shape for part in found for name, shape in part.items()}
+
+
 SIDES = {
     "diffusers": Diffusers,
     "plain": Plain,
     "fast": Fast,
     "int8": Int8,
+    "stream": Stream,
     "plain, compiled": Compiled,
     "diffusers, channels last": DiffusersLaidOut,
     "diffusers, compiled": DiffusersCompiled,
     "OpenVINO": OpenVINO,
+    "stable-diffusion.cpp": StableDiffusionCpp,
 }
+
+
+def now() -> Spent:
+    """Seconds that have passed, and that were computed."""
+    return Spent(time.perf_counter(), time.process_time())
+
+
+def resident() -> int:
+    """Most bytes that were resident since the last time that this was asked; 0 beside Linux."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    return int(found[1]) << 10 if found else 0
 
 
 @torch.no_grad()
@@ -252,20 +369,25 @@ def main() -> None:
     name, depth, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what peers print is no answer
     side, held, work = SIDES[name](depth), None, None
     for line in sys.stdin:
         asked = json.loads(line)
-        began, busy = time.perf_counter(), time.process_time()
+        resident()
+        began = now()
         if asked != held:
             work = None  # frees the weights of the one before
             kind, arguments = asked
             work, held = getattr(side, kind)(**arguments), asked
             work()  # compiles, and fills caches
+            spent = None
         else:
             assert work is not None
-            work()
-        seconds = time.perf_counter() - began, time.process_time() - busy
-        print(json.dumps(seconds), flush=True)
+            spent = work()
+        if not isinstance(spent, Spent):
+            spent = Spent(*(b - a for a, b in zip(began, now(), strict=True)))
+        print(json.dumps([*spent, resident()]), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -123,13 +123,8 @@ int normalise_heads(bf16* qkv, const bf16* q_weight, const bf16* k_weight, long 
 
 // float16 to bfloat16, in the thread that asks: it works beside those that compute.
 int shorten(bf16* out, const uint16_t* halves, long count) {
-    for (long i = 0; i + 16 <= count; i += 16)
+    for (long i = 0; i < count; i += 16)
         store(out + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(halves + i))));
-    long left = count % 16, at = count - left;
-    uint16_t rest[16] = {0};
-    memcpy(rest, halves + at, left * 2);
-    store(rest, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)rest)));
-    memcpy(out + at, rest, left * 2);
     return 0;
 }
 
@@ -268,6 +263,92 @@ static inline void product(float* c, long length, int add, const bf16* a, long a
     }
 }
 #endif
+
+// ---- A linear layer of weights that lie as in a file ----------------------------------------------
+
+enum { PANEL = 384 * 1024, AHEAD = 256 };  // values of a panel; how far on is fetched
+
+// Rows and columns of 32-bit values change places.
+static inline void transpose(__m512i x[16]) {
+    __m512i y[16];
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int half = 0; half < 2; half++) {
+            x[i + 2 * half] = _mm512_unpacklo_epi64(y[i + half], y[i + 2 + half]);
+            x[i + 2 * half + 1] = _mm512_unpackhi_epi64(y[i + half], y[i + 2 + half]);
+        }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = i; j < i + 4; j++) {
+            y[j] = _mm512_shuffle_i32x4(x[j], x[j + 4], 0x88);
+            y[j + 4] = _mm512_shuffle_i32x4(x[j], x[j + 4], 0xDD);
+        }
+    for (int j = 0; j < 8; j++) {
+        x[j] = _mm512_shuffle_i32x4(y[j], y[8 + j], 0x88);
+        x[j + 8] = _mm512_shuffle_i32x4(y[j], y[8 + j], 0xDD);
+    }
+}
+
+// A tile of 16 outputs' weights for 32 inputs, of bfloat16 or of float16.
+static inline void pack_weights(bf16* tile, const uint16_t* weights, long inputs, int halves) {
+    __m512i rows[16];
+    for (int i = 0; i < 16; i++, weights += inputs) {
+        _mm_prefetch(weights + AHEAD, _MM_HINT_T0);
+        rows[i] = _mm512_loadu_si512(weights);
+        if (!halves) continue;
+        floats low = _mm512_cvtph_ps(_mm512_castsi512_si256(rows[i]));
+        floats high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(rows[i], 1));
+        rows[i] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    }
+    transpose(rows);
+    for (int i = 0; i < 16; i++) _mm512_store_si512(tile + 32 * i, rows[i]);
+}
+
+// x times the weights' transpose, plus the bias, to rows of `length`. A panel of weights, as large as
+// suits a core's cache, is packed and then meets all of x, so that nothing is packed twice.
+int linear(bf16* out, const bf16* x, const uint16_t* weights, const bf16* bias, long rows, long inputs,
+           long outputs, long length, long halves) {
+    long tiles = inputs / 32, columns = PANEL / inputs / 32 * 32, size = BLOCK * inputs;
+    int failed = 0;
+    if (columns < 32) columns = 32;
+#pragma omp parallel
+    {
+        bf16* panel = aligned_alloc(64, (columns * inputs + size) * sizeof(bf16));
+        bf16* last = panel + columns * inputs;  // rows that are fewer than a block
+        float sums[BLOCK * 32] __attribute__((aligned(64)));
+        if (panel) memset(last, 0, size * sizeof(bf16));
+        else failed = 1;
+        configure();
+#pragma omp for schedule(dynamic)
+        for (long from = 0; from < outputs; from += columns) {
+            if (!panel) continue;
+            long some = outputs - from < columns ? outputs - from : columns;
+            for (long j = 0; j < some; j += 16)
+                for (long t = 0; t < tiles; t++)
+                    pack_weights(panel + j / 32 * size + (2 * t + j / 16 % 2) * TILE,
+                                 weights + (from + j) * inputs + 32 * t, inputs, halves);
+            for (long r = 0; r < rows; r += BLOCK) {
+                long count = rows - r < BLOCK ? rows - r : BLOCK;
+                const bf16* block = x + r * inputs;
+                if (count < BLOCK) block = memcpy(last, block, count * inputs * sizeof(bf16));
+                for (long j = 0; j < some; j += 32) {
+                    product(sums, 32, 0, block, inputs, panel + j / 32 * size, 2 * TILE, TILE, tiles);
+                    floats left = load(bias + from + j), right = load(bias + from + j + 16);
+                    for (long i = 0; i < count; i++) {
+                        bf16* to = out + (r + i) * length + from + j;
+                        store(to, _mm512_add_ps(_mm512_load_ps(sums + 32 * i), left));
+                        store(to + 16, _mm512_add_ps(_mm512_load_ps(sums + 32 * i + 16), right));
+                    }
+                }
+            }
+        }
+        release();
+        free(panel);
+    }
+    return failed;
+}
 
 // ---- Attention -----------------------------------------------------------------------------------
 

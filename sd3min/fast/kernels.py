@@ -5,6 +5,7 @@ loop of `kernels.c` instead, where a C compiler is found.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ def gelu_(hidden: Tensor) -> Tensor:
 def activate(x: Float[Tensor, "b d h w"], scale: Tensor, shift: Tensor) -> Tensor:
     """SiLU of x·scale + shift, of which each channel has its own, rounded once."""
     places = rearrange(x, "b d h w -> b h w d")
-    if not native.serves(places) or x.shape[1] % 16:
+    if not native.serves(places):
         return F.silu(places * scale + shift).to(x.dtype).permute(0, 3, 1, 2)
     out = torch.empty_like(places)
     native.call("activate", out, places, scale, shift, places.shape[:3].numel(), x.shape[1])
@@ -132,6 +133,20 @@ def rescale_(y: Tensor, scales: Float[Tensor, "... 1"], bias: Tensor) -> Tensor:
         return (y * scales + bias).to(bias.dtype)
     native.call("rescale", y, scales, bias, y.shape[:-1].numel(), y.shape[-1])
     return y
+
+
+def linear(x: Float[Tensor, "... i"], pieces: Sequence[Tensor], bias: Tensor) -> Tensor:
+    """x·Wᵀ + bias, of weights in pieces, one below the other, in whatever type they are stored."""
+    out = x.new_empty(*x.shape[:-1], len(bias))
+    lengths = [len(piece) for piece in pieces]
+    places, biases = out.split(lengths, dim=-1), bias.split(lengths)
+    for place, weight, own in zip(places, pieces, biases, strict=True):
+        if native.serves(x) and weight.dtype in (torch.bfloat16, torch.float16):
+            sizes = x.shape[:-1].numel(), x.shape[-1], len(own), len(bias)
+            native.call("linear", place, x, weight, own, *sizes, weight.dtype == torch.float16)
+        else:
+            place.copy_(F.linear(x, weight.to(x.dtype), own))
+    return out
 
 
 def put_(place: Tensor, values: Tensor) -> None:

@@ -32,6 +32,7 @@ FUNCTIONS = {
     "shorten": [Pointer] * 2 + [Whole],
     "quantise": [Pointer] * 3 + [Whole] * 2,
     "rescale": [Pointer] * 3 + [Whole] * 2,
+    "linear": [Pointer] * 4 + [Whole] * 5,
     "attention": [Pointer] * 4 + [Whole] * 4 + [Real],
 }
 
@@ -88,9 +89,10 @@ def library() -> ctypes.CDLL | None:
 
 
 def serves(tensor: Tensor) -> bool:
-    """Whether a tensor is for the library: one row of values after the other, in bfloat16."""
-    fits = tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.is_contiguous()
-    return fits and library() is not None
+    """Whether a tensor is for the library: rows of 16, 32, … values without a gap, in bfloat16."""
+    on_cpu = tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
+    fits = tensor.is_contiguous() and tensor.shape[-1] % 16 == 0
+    return on_cpu and fits and library() is not None
 
 
 def call(name: str, *arguments: Tensor | int | float) -> None:

@@ -9,11 +9,12 @@ import torch
 from sd3min.checkpoint import TOKENIZERS, Checkpoint, part_names
 from sd3min.config import CLIP_L, HEAD_WIDTH, SIZE_STEP
 from sd3min.fast.blocks import MODULATION
-from sd3min.fast.stream import LAYERS, TABLES, TYPES
+from sd3min.fast.mapped import IN_PLACE
+from sd3min.fast.stream import LAYERS, TABLES
 from sd3min.fast.t5 import LINEAR
 from sd3min.parts import DERIVED, TITLES, Part, kept_type
 from sd3min.settings import Settings
-from sd3min.stored import Stored
+from sd3min.stored import TYPES, Stored
 
 PROCESS = 330_000_000  # bytes that Python, its libraries and tokenizers take, measured on Linux
 HEAD = ("stage", "weights", "mapped", "working", "type", "weights are")
@@ -27,6 +28,7 @@ WAYS = {
     "int8 for runs": "in 8 bits, without modulation",
     "strips": "whole, and decode in strips",
     "streamed": "two layers at a time",
+    "mapped": "one block at a time, where it is mapped",
 }
 KEPT = {
     "int8 for runs": torch.int8,
@@ -102,7 +104,7 @@ def plan(
     order = [name for name in (*TOKENIZERS, "mmdit", "autoencoder") if name in part_names(bool(t5))]
     stages = []
     for name in order:
-        part, how = opened.parts[name], way(name, t5, memory, mmdit)
+        part, how = opened.parts[name], way(name, t5, memory, mmdit, device)
         own, mapped = held(part, dtype, device, how)
         work = working(part, settings, pictures if name == "autoencoder" else batch, how)
         stored = "+".join(sorted({tensor.dtype for tensor in part.tensors.values()}))
@@ -112,12 +114,14 @@ def plan(
     return Plan(tuple(stages), memory in (None, "fast"), PROCESS * (device.type == "cpu"))
 
 
-def way(name: str, t5: bool | str, memory: str | None, mmdit: str | None = None) -> str:
+def way(
+    name: str, t5: bool | str, memory: str | None, mmdit: str | None, device: torch.device
+) -> str:
     """How a part is held: "plain", one of `WAYS`, or a kind of eight bits."""
     if memory and name == "autoencoder":
         return "strips"
     if memory == "stream":
-        return "streamed"
+        return "mapped" if name == "mmdit" and device.type == "cpu" else "streamed"
     if name == "t5" and isinstance(t5, str):
         return t5
     if name == "mmdit" and memory:
@@ -128,7 +132,7 @@ def way(name: str, t5: bool | str, memory: str | None, mmdit: str | None = None)
 def held(part: Part, dtype: torch.dtype, device: torch.device, how: str) -> tuple[int, int]:
     """What a part's weights take: of the process's own, and mapped."""
     shapes = {name: tensor.shape for name, tensor in part.skeleton().state_dict().items()}
-    own, mapped, layers = 0, 0, Counter[tuple[str, str]]()
+    own, mapped, layers, blocks = 0, 0, Counter[tuple[str, str]](), Counter[str]()
     for name, shape in shapes.items():
         layer = re.match(LAYERS.get(part.name, "no layer") + r"\.", name)
         eight = layer and len(shape) == 2 if part.name == "mmdit" else LINEAR.search(name)
@@ -138,16 +142,18 @@ def held(part: Part, dtype: torch.dtype, device: torch.device, how: str) -> tupl
             continue  # another name of a table; what is read when it is needed
         if how == "streamed" and layer:
             layers[layer[0], layer[1]] += count
+        elif how == "mapped" and IN_PLACE.match(name):
+            blocks[name.split(".")[1]] += sum(piece.bytes for piece in part.tensors[name].pieces)
         elif how == "streamed" and name.removesuffix(".weight") in TABLES.get(part.name, ()):
             continue  # looked up in the file
-        elif fits(part, name, kept, device) and not (layer and how in RUNS):
+        elif fits(part, name, kept, device) and not (layer and how in RUNS) and how != "mapped":
             mapped += count
         else:
             own += count
     turns = [
         max((n for (_, i), n in layers.items() if int(i) % 2 == turn), default=0) for turn in (0, 1)
     ]
-    return own + sum(turns), mapped
+    return own + sum(turns), mapped + max(blocks.values(), default=0)
 
 
 def fits(part: Part, name: str, kept: torch.dtype, device: torch.device) -> bool:

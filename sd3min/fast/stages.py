@@ -23,6 +23,7 @@ from sd3min.checkpoint import TOKENIZERS, Checkpoint, encoder_names
 from sd3min.fast.blocks import FastBlock
 from sd3min.fast.decoder import FastDecoder
 from sd3min.fast.linear import Int8Linear, packed
+from sd3min.fast.mapped import mapped_network
 from sd3min.fast.mmdit import FastMMDiT, Run
 from sd3min.fast.native import trim
 from sd3min.fast.plan import Plan, plan
@@ -99,7 +100,7 @@ class StagedPipeline(Pipeline):
         self.planned = partial(plan, opened, **kept)
         self.config, self.defaults = opened.parts["mmdit"].config, opened.defaults
         self.weights, self.loras = opened.fingerprint(), opened.loras
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.kinds = device, dtype, {}
         self.stages = Stages(loaders(opened, **kept), keep=memory == "fast")
         self.text_encoders: Any = StagedEncoders(self.stages, opened, bool(t5))
         names = [*([] if cache else encoder_names(bool(t5))), "network", "autoencoder"]
@@ -180,6 +181,8 @@ def network(
 
 def streamed_network(part: Part, dtype: torch.dtype, device: torch.device) -> FastMMDiT:
     """The MMDiT for runs, read block by block at every step."""
+    if device.type == "cpu":
+        return mapped_network(part, dtype)
 
     def ahead(block: Callable[[int], FastBlock], depth: int) -> Ahead[FastBlock]:
         read: Any = weakref.WeakMethod(block)  # or the network would keep itself alive

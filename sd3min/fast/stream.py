@@ -25,19 +25,11 @@ from sd3min.fast import kernels
 from sd3min.fast.blocks import MODULATION
 from sd3min.fast.native import trim
 from sd3min.parts import Part, fill, kept_type
-from sd3min.stored import AnyStored, Changed, Joined, Stored
+from sd3min.stored import TYPES, AnyStored, Changed, Joined, Stored
 
 M = TypeVar("M", bound=nn.Module)
 CPU = torch.device("cpu")
 PIECE = 1 << 18  # values that are converted at a time
-TYPES = {  # safetensors' names
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 LAYERS = {  # their names, with the number that says whose turn it is; T5's are halves of a block
     "mmdit": r"joint_blocks\.(\d+)",
     "clip_l": r"text_model\.encoder\.layers\.(\d+)",
