@@ -213,7 +213,8 @@ def run_gallery(arguments: argparse.Namespace) -> None:
     common = {
         "init_image": pixel_hash(call["init_image"]),
         "mask_image": pixel_hash(call["mask_image"], "L"),
-        "t5": bool(t5),
+        "t5": t5,
+        **({"mmdit": arguments.mmdit} if arguments.mmdit else {}),
         "dtype": str(dtype).removeprefix("torch."),
         "weights": opened.fingerprint(),
         "loras": [list(lora) for lora in opened.loras],
