@@ -210,32 +210,32 @@ def drawn() -> list[tuple[Scene, Image.Image]]:
     return [(scene, scenes.draw(scene, rng)) for scene in chosen]
 
 
-@pytest.mark.parametrize("finish", [clean, soft, softer])
-def test_pictures_of_a_scene_are_right(drawn, finish):
-    wrong = [scene for scene, picture in drawn if judge(finish(picture), scene) != GOOD]
-    assert len(wrong) <= 0.01 * len(drawn), [captions.caption(scene) for scene in wrong]
+@pytest.mark.parametrize(("finish", "count"), [(clean, 500), (soft, 500), (softer, 100)])
+def test_pictures_of_a_scene_are_right(drawn, finish, count):
+    wrong = [scene for scene, picture in drawn[-count:] if judge(finish(picture), scene) != GOOD]
+    assert len(wrong) <= 0.01 * count, [captions.caption(scene) for scene in wrong]
 
 
 @pytest.mark.parametrize("spoil", WRONG)
-def test_pictures_of_something_else_are_wrong(spoil):
+@pytest.mark.parametrize("count", [50, pytest.param(500, marks=pytest.mark.slow)])
+def test_pictures_of_something_else_are_wrong(spoil, count):
     """Every other one is soft."""
     rng, finishes = random.Random(1), itertools.cycle([clean, soft])
-    scenes_and_pictures = [(s, spoil(s, rng)) for s in scenes.prompts("seen", 160)]
-    spoilt = [(scene, picture) for scene, picture in scenes_and_pictures if picture][:100]
-    assert len(spoilt) >= 80
-    passed = [scene for scene, picture in spoilt if judge(next(finishes)(picture), scene).right]
-    assert len(passed) <= 0.01 * len(spoilt), [captions.caption(scene) for scene in passed]
+    candidates = scenes.prompts("seen", 3 * count)
+    spoilt = ((scene, spoil(scene, rng)) for scene in candidates)
+    some = list(itertools.islice(((s, p) for s, p in spoilt if p), count))
+    assert len(some) == count
+    passed = [scene for scene, picture in some if judge(next(finishes)(picture), scene).right]
+    assert len(passed) <= 0.01 * count, [captions.caption(scene) for scene in passed]
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_every_thing_is_found_on_every_background(background):
-    """Small and soft, and large."""
     rng = random.Random(2)
-    for thing in EVERY_THING:
-        other = next(t for t in EVERY_THING[::-1] if t != thing)
-        pair = Scene(thing, (("above", other),), background)
-        assert judge(soft(scenes.draw(pair, rng)), pair) == GOOD, pair
-        single = Scene(thing, (), background)
+    for one, two in zip(EVERY_THING[::2], EVERY_THING[1::2], strict=True):
+        scene = Scene(one, (("above", two),), background)
+        assert judge(soft(scenes.draw(scene, rng)), scene) == GOOD, scene
+        single = Scene(rng.choice([one, two]), (), background)
         assert judge(scenes.draw(single, rng), single) == GOOD, single
 
 
