@@ -6,9 +6,10 @@ In `weights/figures`, `grid.png` shows the first prompts of each kind, their ind
 """
 
 import json
+import random
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import parity
 import reading_cost
 
 import sd3min
-from sd3min.training import scenes
+from sd3min.training import captions, scenes
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "weights" / "figures"
@@ -30,8 +31,11 @@ ACCURACY = ROOT / "weights" / "sd3-tiny" / "accuracy.json"
 ROWS = {
     "seen": "colour-shape pairs and relations seen in training",
     "pairs": "a colour-shape pair held out of training",
-    "triples": "a relation of two shapes held out of training",
+    "triples": "a relation of two things held out of training",
 }
+ASPECTS = {"right": "all right", "noun": "things", "colour": "colours", "relation": "relations"}
+STYLES = ("o-", "^:", "s:", "d:")  # of the curves, one an aspect
+ENCODERS = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
 COLUMNS = 6
 EXPLAINED = ("diffusers", "sd3-ref")
 
@@ -41,36 +45,65 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def together(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Shares over the prompts of several figures."""
+    prompts = sum(row["prompts"] for row in rows)
+    return {a: sum(row[a] * row["prompts"] for row in rows) / prompts for a in ASPECTS}
+
+
 def accuracy_table(figures: Mapping[str, Any]) -> str:
     """How often sd3-tiny's pictures show what was asked for, in Markdown."""
-    count, psnr = figures["count"], figures["reconstruction"]["psnr"]
+    measured = figures["measured"]
+    seen, pairs, triples = (measured[kind] for kind in ROWS)
+    quick = [measured[f"{kind}, 8 steps"] for kind in ROWS]
+    kept, held_out = measured["reconstruction"], pairs["prompts"] + triples["prompts"]
     rows = {
-        f"{count} seen prompts": figures["seen"],
-        f"{count} held-out prompts": figures["held out"],
-        f"{count // 2} of them with a held-out colour-shape pair": figures["held-out pairs"],
-        f"{count - count // 2} with a held-out relation triple": figures["held-out triples"],
-        f"{count} drawn scenes through the autoencoder alone, {psnr:.1f} dB": figures[
-            "reconstruction"
-        ],
+        f"{seen['prompts']:,} seen prompts": seen,
+        f"{held_out:,} held-out prompts": together([pairs, triples]),
+        f"{pairs['prompts']:,} of them with a held-out colour-shape pair": pairs,
+        f"{triples['prompts']:,} with a held-out relation of two things": triples,
+        "the same seen prompts in 8 steps": quick[0],
+        "the same held-out prompts in 8 steps": together(quick[1:]),
+        f"{kept['prompts']:,} drawn scenes through the autoencoder alone, "
+        f"{kept['psnr']:.1f} dB": kept,
     }
-    lines = ["| | all right | colour | shape | relation |", "|---|---|---|---|---|"]
+    lines = [f"| | {' | '.join(ASPECTS.values())} |", "|---" * (1 + len(ASPECTS)) + "|"]
     for title, row in rows.items():
-        cells = (percent(row[aspect]) for aspect in ("right", "colour", "shape", "relation"))
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(f"| {title} | {' | '.join(percent(row[aspect]) for aspect in ASPECTS)} |")
+    return "\n".join([*lines, *things_lines(measured)])
+
+
+def things_lines(measured: Mapping[str, Any]) -> list[str]:
+    """Rows of the accuracy table by the number of things, seen and held out together."""
+    lines = []
+    for things, title in {"1": "one thing", "2": "two things", "3": "three things"}.items():
+        rows = [measured[kind]["things"] for kind in ROWS]
+        rows = [row[things] for row in rows if things in row]
+        prompts = sum(row["count"] for row in rows)
+        right = sum(row["count"] * row["right"] for row in rows) / prompts
+        lines.append(f"| {prompts:,} of all prompts, with {title} | {percent(right)} | | | |")
+    return lines
 
 
 def ablation_table(figures: Mapping[str, Any]) -> str:
     """What each text encoder is worth, in Markdown."""
-    rows = {"all three encoders": figures["whole"], "without T5": figures["without T5"]}
-    titles = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
-    rows |= {f"{titles[name]}'s weights shuffled": row for name, row in figures["shuffled"].items()}
-    rows |= {f"all three encoders, {form}": row for form, row in figures["forms"].items()}
-    head = (
-        f"| {figures['ablation prompts']} prompts, half of them held out | all right |\n|---|---|"
-    )
+    measured = figures["measured"]
+    rows = {"all three encoders": measured["whole"]}
+    rows |= {f"without {title}": measured[f"without/{name}"] for name, title in ENCODERS.items()}
+    for name, title in ENCODERS.items():
+        rows[f"{title}'s weights shuffled"] = measured[f"shuffled/{name}"]
+    for form in group(measured, "forms"):
+        rows[f"all three encoders, {form}"] = measured[f"forms/{form}"]
+    prompts = measured["whole"]["prompts"]
+    head = f"| {prompts:,} prompts, half of them held out | all right |\n|---|---|"
     lines = [f"| {title} | {percent(row['right'])} |" for title, row in rows.items()]
     return "\n".join([head, *lines])
+
+
+def group(measured: Mapping[str, Any], name: str) -> dict[str, Mapping[str, Any]]:
+    """The figures of a group such as "steps", by what they were measured at."""
+    start = f"{name}/"
+    return {key.removeprefix(start): row for key, row in measured.items() if key.startswith(start)}
 
 
 def cost_table() -> str:
@@ -103,7 +136,8 @@ def draw_grid() -> None:
     pipe = sd3min.load()
     figure, axes = plt.subplots(len(ROWS), COLUMNS, figsize=(11, 6), dpi=110)
     for row, (kind, title) in zip(axes, ROWS.items(), strict=True):
-        wanted = [scene.caption for scene in scenes.prompts(kind, COLUMNS)]
+        chosen = enumerate(scenes.prompts(kind, COLUMNS))
+        wanted = [captions.worded(scene, random.Random(index)) for index, scene in chosen]
         pictures = pipe(wanted, seed=0, progress=False)
         for place, prompt, picture in zip(row, wanted, pictures, strict=True):
             place.imshow(picture, interpolation="nearest")
@@ -128,21 +162,16 @@ def draw_curves(figures: Mapping[str, Any]) -> None:
     """Accuracy against guidance scale and against steps."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), dpi=110, sharey=True)
     for place, name in zip(axes, ("guidance", "steps"), strict=True):
-        settings = [float(value) for value in figures[name]]
-        for aspect, style in (
-            ("right", "o-"),
-            ("colour", "s:"),
-            ("shape", "^:"),
-            ("relation", "d:"),
-        ):
-            values = [100 * row[aspect] for row in figures[name].values()]
-            title = "all right" if aspect == "right" else aspect
-            place.plot(
-                settings, values, style, label=title, linewidth=2 if aspect == "right" else 1
-            )
+        rows = group(figures["measured"], name)
+        settings = sorted(rows, key=float)
+        for (aspect, title), style in zip(ASPECTS.items(), STYLES, strict=True):
+            values = [100 * rows[setting][aspect] for setting in settings]
+            width = 2 if aspect == "right" else 1
+            place.plot([float(x) for x in settings], values, style, label=title, linewidth=width)
         place.set_xlabel({"guidance": "guidance scale", "steps": "Euler steps"}[name])
         place.grid(alpha=0.3)
-    axes[0].set_ylabel(f"% of {figures['curve prompts']} prompts")
+    prompts = next(iter(group(figures["measured"], "steps").values()))["prompts"]
+    axes[0].set_ylabel(f"% of {prompts} prompts")
     axes[0].set_ylim(0, 102)
     axes[1].legend(loc="lower right", fontsize=8)
     figure.tight_layout()

@@ -1,14 +1,18 @@
 """Measure sd3-tiny: render prompts, let the detector judge them, and write the figures down.
 
-    python tools/measure_tiny.py [--weights FILE] [--count 500] [--out FILE]
+    python tools/measure_tiny.py [--weights FILE] [--count 1000] [--out FILE] [--only NAME ...]
 
-Seeds are the prompts' indices, and nothing is picked. Takes about ten minutes on two cores.
+Every figure is saved as soon as it is measured, and a run that was stopped goes on with what is
+missing; `--only` measures the named ones anew. Prompts are worded naturally, by chance that the
+prompt's index decides, which is the picture's seed, too: nothing is picked.
 """
 
 import argparse
 import json
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +21,24 @@ from tqdm import tqdm
 
 import sd3min
 from sd3min.pipeline import Pipeline, to_pictures
-from sd3min.training import images, scenes
+from sd3min.text_encoders import Conditioning
+from sd3min.training import captions, images, scenes
 from sd3min.training.detector import Verdict, judge
 
-BATCH = 50
-ASPECTS = ("colour", "shape", "relation", "right")
+BATCH = 25
+ASPECTS = ("count", "noun", "colour", "relation", "background", "right")
 GUIDANCE = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0)
 STEPS = (2, 4, 8, 12, 20, 28)
+FEW_STEPS = 8
+ENCODERS = ("clip_l", "clip_g", "t5")
+HALF = {"dtype": "bfloat16", "memory": "fast"}
+FORMS: dict[str, dict[str, Any]] = {
+    "bfloat16": HALF,
+    "network in 8 bits": {**HALF, "mmdit": "int8"},
+    "T5 in 8 bits": {"t5": "int8"},
+}
+
+Figure = dict[str, Any]
 
 
 def share(verdicts: Sequence[Verdict]) -> dict[str, float]:
@@ -34,99 +49,152 @@ def share(verdicts: Sequence[Verdict]) -> dict[str, float]:
     }
 
 
-def render(pipe: Pipeline, wanted: Sequence[scenes.Scene], **settings: Any) -> list[Verdict]:
-    """Verdicts on one picture of each scene, its seed the scene's index."""
-    verdicts = []
+def summary(wanted: Sequence[scenes.Scene], verdicts: Sequence[Verdict]) -> Figure:
+    """Shares of all pictures, and of those of one, two and three things."""
+    by_things: dict[str, Figure] = {}
+    for things in sorted({len(scene.things) for scene in wanted}):
+        pairs = zip(wanted, verdicts, strict=True)
+        some = [verdict for scene, verdict in pairs if len(scene.things) == things]
+        by_things[str(things)] = {"count": len(some), "right": share(some)["right"]}
+    return share(verdicts) | {"prompts": len(wanted), "things": by_things}
+
+
+def worded(wanted: Sequence[scenes.Scene]) -> list[str]:
+    """Natural words for each scene, decided by its index."""
+    return [captions.worded(scene, random.Random(index)) for index, scene in enumerate(wanted)]
+
+
+def rendered(pipe: Pipeline, wanted: Sequence[scenes.Scene], **settings: Any) -> Figure:
+    """What one picture of each scene shows, its seed the scene's index."""
+    verdicts, prompts = [], worded(wanted)
     for first in tqdm(range(0, len(wanted), BATCH), desc=str(settings or "default"), leave=False):
-        part = wanted[first : first + BATCH]
-        pictures = pipe([scene.caption for scene in part], seed=first, progress=False, **settings)
-        verdicts += [judge(picture, scene) for picture, scene in zip(pictures, part, strict=True)]
-    return verdicts
-
-
-def held_out(count: int) -> list[scenes.Scene]:
-    """Held-out prompts, half of them pairs of colour and shape, half triples."""
-    return scenes.prompts("pairs", count // 2) + scenes.prompts("triples", count - count // 2)
+        some = slice(first, first + BATCH)
+        pictures = pipe(prompts[some], seed=first, progress=False, **settings)
+        verdicts += [judge(p, scene) for p, scene in zip(pictures, wanted[some], strict=True)]
+    return summary(wanted, verdicts)
 
 
 @torch.no_grad()
-def reconstruction(pipe: Pipeline, count: int) -> dict[str, float]:
+def reconstruction(pipe: Pipeline, wanted: Sequence[scenes.Scene]) -> Figure:
     """What the autoencoder alone leaves: PSNR in dB, and the detector's verdict on its pictures."""
-    wanted = scenes.prompts("seen", count)
-    drawn = images.drawn(wanted, random.Random("reconstruction"))
-    decoded = pipe.autoencoder.decode(pipe.autoencoder.encode(drawn)).clamp(-1, 1)
-    error = (decoded - drawn).square().mean(dim=(1, 2, 3))
-    verdicts = [judge(p, scene) for p, scene in zip(to_pictures(decoded), wanted, strict=True)]
-    return {"psnr": (10 * torch.log10(4 / error)).mean().item()} | share(verdicts)
+    verdicts, errors, rng = [], [], random.Random("reconstruction")
+    for first in tqdm(range(0, len(wanted), BATCH), desc="reconstruction", leave=False):
+        some = wanted[first : first + BATCH]
+        drawn = images.drawn(some, rng)
+        decoded = pipe.autoencoder.decode(pipe.autoencoder.encode(drawn)).clamp(-1, 1)
+        errors.append((decoded - drawn).square().mean(dim=(1, 2, 3)))
+        verdicts += [judge(p, scene) for p, scene in zip(to_pictures(decoded), some, strict=True)]
+    psnr = (10 * torch.log10(4 / torch.cat(errors))).mean().item()
+    return {"psnr": psnr} | summary(wanted, verdicts)
 
 
-def shuffled(pipe: Pipeline, name: str, wanted: Sequence[scenes.Scene]) -> dict[str, float]:
-    """Accuracy with every tensor of one encoder shuffled within itself."""
-    encoder, generator = getattr(pipe.text_encoders, name), torch.Generator().manual_seed(0)
-    before = {key: tensor.clone() for key, tensor in encoder.state_dict().items()}
-    for tensor in encoder.state_dict().values():
+def leave_out(pipe: Pipeline, name: str) -> None:
+    """Put zeros in place of what one encoder says, as the training does."""
+    encoders = pipe.text_encoders
+    if name == "t5":
+        encoders.t5 = None
+        return
+    clip_rows, left_out = encoders.clip_rows, ENCODERS.index(name)
+
+    def rows(model: Any, index: int, prompts: Sequence[str], own: bool = True) -> Conditioning:
+        said = clip_rows(model, index, prompts, own)
+        return Conditioning(*(part * (index != left_out) for part in said))
+
+    encoders.clip_rows = rows
+
+
+def shuffle(pipe: Pipeline, name: str) -> None:
+    """Shuffle every tensor of one encoder within itself."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in getattr(pipe.text_encoders, name).state_dict().values():
         order = torch.randperm(tensor.numel(), generator=generator)
         tensor.copy_(tensor.flatten()[order].view_as(tensor))
-    verdicts = render(pipe, wanted)
-    encoder.load_state_dict(before)
-    return share(verdicts)
 
 
-def forms(weights: Path | None, wanted: Sequence[scenes.Scene]) -> dict[str, dict[str, float]]:
-    """Accuracy in the quick and the small forms."""
-    half = {"dtype": "bfloat16", "memory": "fast"}
-    made = {
-        "bfloat16": half,
-        "network in 8 bits": {**half, "mmdit": "int8"},
-        "T5 in 8 bits": {"t5": "int8"},
-    }
-    return {name: share(render(sd3min.load(weights, **how), wanted)) for name, how in made.items()}
+def figures_to_measure(weights: Path | None, count: int) -> dict[str, Callable[[], Figure]]:
+    """How each figure is measured, by its name; the main ones first."""
+    pipe = sd3min.load(weights)
+    seen, half = scenes.prompts("seen", count), count // 2
+    pairs, triples = (scenes.prompts(kind, half) for kind in ("pairs", "triples"))
+    few, fewer = (seen[:n] + pairs[: n // 2] + triples[: n // 2] for n in (count // 5, count // 10))
+    plan: dict[str, Callable[[], Figure]] = {}
+    for name, wanted in (("seen", seen), ("pairs", pairs), ("triples", triples)):
+        plan[name] = partial(rendered, pipe, wanted)
+    plan["reconstruction"] = partial(reconstruction, pipe, seen)
+    for name, wanted in (("seen", seen), ("pairs", pairs), ("triples", triples)):
+        plan[f"{name}, {FEW_STEPS} steps"] = partial(rendered, pipe, wanted, steps=FEW_STEPS)
+    plan["whole"] = partial(rendered, pipe, few)
+
+    def changed(change: Callable[[Pipeline, str], None], name: str) -> Figure:
+        other = sd3min.load(weights)
+        change(other, name)
+        return rendered(other, few)
+
+    def in_form(how: dict[str, Any]) -> Figure:
+        return rendered(sd3min.load(weights, **how), few)
+
+    for name in ENCODERS:
+        plan[f"without/{name}"] = partial(changed, leave_out, name)
+        plan[f"shuffled/{name}"] = partial(changed, shuffle, name)
+    for steps in STEPS:
+        plan[f"steps/{steps}"] = partial(rendered, pipe, fewer, steps=steps)
+    for scale in GUIDANCE:
+        plan[f"guidance/{scale}"] = partial(rendered, pipe, fewer, guidance_scale=scale)
+    for name, how in FORMS.items():
+        plan[f"forms/{name}"] = partial(in_form, how)
+    return plan
 
 
-def measure(pipe: Pipeline, weights: Path | None, count: int) -> dict[str, object]:
-    """All figures."""
-    seen, unseen = scenes.prompts("seen", count), held_out(count)
-    few, fewer = (scenes.prompts("seen", n) + held_out(n) for n in (count // 5, count // 10))
-    pairs, triples = count // 2, count - count // 2
-    verdicts = render(pipe, unseen)
-    return {
-        "count": count,
-        "seen": share(render(pipe, seen)),
-        "held out": share(verdicts),
-        "held-out pairs": share(verdicts[:pairs]),
-        "held-out triples": share(verdicts[-triples:]),
-        "reconstruction": reconstruction(pipe, count),
-        "curve prompts": len(fewer),
-        "guidance": {s: share(render(pipe, fewer, guidance_scale=s)) for s in GUIDANCE},
-        "steps": {steps: share(render(pipe, fewer, steps=steps)) for steps in STEPS},
-        "ablation prompts": len(few),
-        "whole": share(render(pipe, few)),
-        "shuffled": {name: shuffled(pipe, name, few) for name in ("clip_l", "clip_g", "t5")},
-        "without T5": share(render(sd3min.load(weights, t5=False), few)),
-        "forms": forms(weights, few),
-    }
+def write(figures: Figure, path: Path) -> None:
+    """Write the figures, whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(figures, indent=2) + "\n")
+    os.replace(part, path)
+
+
+def begun(path: Path, header: Figure) -> Figure:
+    """The figures that are there already, if they are of these weights and as many prompts."""
+    if not path.exists():
+        return header | {"measured": {}}
+    figures = json.loads(path.read_text())
+    if {key: figures.get(key) for key in header} != header:
+        raise ValueError(
+            f"{path} has figures of other weights or another count: "
+            "remove it, or name another file with --out"
+        )
+    return figures
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure what is missing and write it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--weights", type=Path, help="default: the shipped weights")
-    parser.add_argument("--count", type=int, default=500, help="seen, and as many held-out prompts")
+    parser.add_argument(
+        "--count", type=int, default=1000, help="seen, and as many held-out prompts"
+    )
     parser.add_argument("--out", type=Path, default=Path("weights/sd3-tiny/accuracy.json"))
-    again = "measure the quick and small forms alone, and keep the other figures"
-    parser.add_argument("--forms", action="store_true", help=again)
+    parser.add_argument("--only", nargs="+", default=[], help="figures, or groups such as steps")
     arguments = parser.parse_args()
-    if arguments.forms:
-        figures = json.loads(arguments.out.read_text())
-        count = figures["ablation prompts"] // 2
-        few = scenes.prompts("seen", count) + held_out(count)
-        figures["forms"] = forms(arguments.weights, few)
-    else:
-        figures = measure(sd3min.load(arguments.weights), arguments.weights, arguments.count)
-    arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures, indent=2))
+    if arguments.count < 20:
+        parser.error(f"--count {arguments.count} is too few; 20 is the least")
+    plan = figures_to_measure(arguments.weights, arguments.count)
+    groups = {name.split("/")[0] for name in plan}
+    if unknown := [name for name in arguments.only if name not in groups | plan.keys()]:
+        parser.error(f"--only {unknown[0]} is not one of {', '.join(sorted(groups))}")
+    header = {"weights": sd3min.load(arguments.weights).weights, "count": arguments.count}
+    try:
+        figures = begun(arguments.out, header)
+    except ValueError as error:
+        parser.error(str(error))
+    measured = figures["measured"]
+    for name, measure in plan.items():
+        chosen = {name, name.split("/")[0]} & set(arguments.only)
+        if chosen or (not arguments.only and name not in measured):
+            measured[name] = measure()
+            write(figures, arguments.out)
+            print(f"{name}: {100 * measured[name]['right']:.1f} % right", flush=True)
 
 
 if __name__ == "__main__":

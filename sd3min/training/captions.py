@@ -23,7 +23,8 @@ SYNONYMS = {
 MEANT = {word: name for name, words in SYNONYMS.items() for word in words}
 
 _RELATION = "|".join(word for name in RELATIONS for word in reversed(SYNONYMS[name]))
-_THING = r"(?:an? )?(\w+(?: \w+)?)"
+_WORD = r"(?!(?:on|and)\b)\w+"
+_THING = rf"(?:an? )?({_WORD}(?: {_WORD})?)"
 _CAPTION = re.compile(
     rf"(?:{'|'.join(OPENINGS[1:])})?{_THING}(?: ({_RELATION}) {_THING})?"
     rf"(?: and ({_RELATION}) {_THING})?(?: on (?:an? )?(\w+)(?: background)?)?"
@@ -90,8 +91,6 @@ def parse(words: str) -> Scene:
 def vocabulary() -> list[str]:
     """Every word that a caption may have, once, and a spare one for a thing to be named later."""
     names = [*COLOURS, *NOUNS, *BACKGROUNDS, *RELATIONS]
-    words = [
-        word for name in names for said in SYNONYMS.get(name, (name,)) for word in said.split()
-    ]
-    words += [word for opening in OPENINGS for word in opening.split()]
+    said = [words for name in names for words in SYNONYMS.get(name, (name,))]
+    words = [word for told in (*said, *OPENINGS) for word in told.split()]
     return list(dict.fromkeys(["a", "an", "on", "and", "background", *words, SPARE]))

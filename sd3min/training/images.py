@@ -13,6 +13,7 @@ from sd3min.training import scenes
 from sd3min.training.trainer import Losses, Task
 
 KL_WEIGHT = 1e-3
+CROP = 64  # pixels
 LATENT_NOISE = 0.1  # about what a sampled picture's latents are off by
 
 
@@ -25,6 +26,17 @@ def batch(seed: str, size: int) -> Float[Tensor, "b 3 H W"]:
     """Pictures of random seen scenes; the seed decides them."""
     rng = random.Random(seed)
     return drawn((scenes.random_scene(rng) for _ in range(size)), rng)
+
+
+def crops(seed: str, size: int) -> Float[Tensor, "b 3 {CROP} {CROP}"]:
+    """A square out of each of some random seen scenes: more scenes for the same work."""
+    rng = random.Random(seed)
+    pictures = [scenes.draw(scenes.random_scene(rng), rng) for _ in range(size)]
+    found = []
+    for picture in pictures:
+        left, top = (rng.randint(0, side - CROP) for side in picture.size)
+        found.append(to_tensor(picture.crop((left, top, left + CROP, top + CROP))))
+    return torch.cat(found)
 
 
 def distance(decoded: Tensor, images: Tensor) -> Float[Tensor, " b"]:
@@ -44,7 +56,7 @@ class Reconstruction(Task):
 
     def forward(self, step: int, part: slice) -> Losses:
         """Losses on pictures that the step decides."""
-        images = batch(f"{self.name} {step}", self.size)[part]
+        images = crops(f"{self.name} {step}", self.size)[part]
         mean, logvar = (m.float() for m in self.autoencoder.moments(images))
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
         decoded = self.autoencoder.decoder(mean + torch.exp(0.5 * logvar) * noise)

@@ -292,6 +292,8 @@ def prompts(kind: str, count: int) -> list[Scene]:
     Kind "seen" has what training shows, "pairs" one held-out pair of colour and shape in each
     scene, and "triples" one held-out relation between two things; all else in them is seen.
     """
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r} is not one of the kinds {', '.join(KINDS)}")
     rng = random.Random(f"prompts of kind {kind}")
     counts = {n: share for n, share in COUNTS.items() if n > 1 or kind != "triples"}
     chosen: dict[Scene, None] = {}
