@@ -122,7 +122,9 @@ def read_dataset(
         ]
     except Exception as error:  # of many kinds, by what the rows hold
         raise Refusal(f"the pictures of the dataset {name} cannot be read: {error}") from None
-    for i, (_, words) in enumerate(found):
+    for i, (image, words) in enumerate(found):
+        if not isinstance(image, Image.Image):
+            raise Refusal(f"the dataset {name} has no picture in row {i}: {image!r}")
         if not isinstance(words, str):
             raise Refusal(f"the dataset {name} has no text as the caption of row {i}: {words!r}")
     return [Example(image, words, f"{name}, row {i}") for i, (image, words) in enumerate(found)]
