@@ -77,7 +77,7 @@ def finetune(place, tmp_path, capsys):
 
 
 def test_the_guides_command_runs_as_it_is_written(place, tmp_path, monkeypatch, capsys):
-    """With other paths, fewer steps and a smaller side; the model has its own few sampling steps."""
+    """With other paths, fewer steps, a smaller side, and a model that samples in few steps."""
     monkeypatch.chdir(tmp_path)
     text = GUIDE.replace("/raid/.cache/", "").replace("1024", "32").replace("500", "3")
     for name, value in {

@@ -270,6 +270,7 @@ def test_a_dataset_on_disk_gives_its_pictures_with_its_captions(name, table):
 
 def test_a_folder_of_pictures_is_a_dataset_too(folder):
     (folder / "more" / "c.webp").unlink()
+    (folder / "b.txt").unlink()
     (folder / "metadata.jsonl").write_text(
         '{"file_name": "a.jpg", "text": "a"}\n{"file_name": "b.png", "text": "b"}\n'
     )

@@ -18,8 +18,10 @@ from torch import nn
 from tqdm import tqdm
 
 from sd3min import checkpoint, lora, pipeline
+from sd3min.autoencoder import Autoencoder
 from sd3min.config import Refusal
 from sd3min.fast.prompts import CachedEncoders
+from sd3min.mmdit import MMDiT
 from sd3min.pipeline import Pipeline
 from sd3min.text_encoders import Conditioning
 from sd3min.training import objective, records
@@ -133,6 +135,22 @@ def check(arguments: argparse.Namespace) -> None:
         raise Refusal("the whole network is trained in float32: leave --dtype out with --full")
 
 
+class Sampler(Pipeline):
+    """A pipeline on its way through training, whose text encoders may be a cache."""
+
+    def __init__(
+        self,
+        mmdit: MMDiT,
+        autoencoder: Autoencoder,
+        text_encoders: Any,
+        opened: checkpoint.Checkpoint,
+    ):
+        self.mmdit, self.autoencoder, self.text_encoders = mmdit, autoencoder, text_encoders
+        self.config, self.defaults = mmdit.config, opened.defaults
+        self.weights, self.loras = opened.fingerprint(), ()
+        self.device, self.dtype = mmdit.pos_embed.device, mmdit.pos_embed.dtype
+
+
 @dataclass(frozen=True)
 class Bench:
     """What a run works with: opened weights, what is made of them, and the pictures' size."""
@@ -156,7 +174,7 @@ class Bench:
         dtype, place = opened.placement(device, asked)
         encoders = encoders_of(opened, arguments, dtype, place)
         mmdit, autoencoder = (opened.load(name, dtype, place) for name in ("mmdit", "autoencoder"))
-        pipe = Pipeline(mmdit, autoencoder, encoders, opened.defaults, opened.fingerprint())
+        pipe = Sampler(mmdit, autoencoder, encoders, opened)
         cache = LatentCache(autoencoder, arguments.out / "cache" / "latents")
         return cls(opened, pipe, cache, side)
 
