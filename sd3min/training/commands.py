@@ -5,11 +5,14 @@ names there; what it does otherwise it says in a warning, what it cannot do it r
 """
 
 import argparse
+import importlib.util
+import os
 import warnings
 from pathlib import Path
 
 from sd3min import options
 from sd3min.config import Refusal
+from sd3min.training.peer_options import add_peer_options
 
 SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
 
@@ -27,11 +30,12 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def run_train(arguments: argparse.Namespace) -> None:
     """Train a whole model from nothing on drawn scenes."""
+    require_packages()
     from sd3min.training import from_scratch
 
     path = arguments.plan or Path(from_scratch.__file__).with_name("sd3-tiny.toml")
     plan = from_scratch.Plan.read(path)
-    print(from_scratch.train(plan, arguments.work, arguments.out or arguments.work / path.stem))
+    say(from_scratch.train(plan, arguments.work, arguments.out or arguments.work / path.stem))
 
 
 def add_finetune(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +44,8 @@ def add_finetune(parser: argparse.ArgumentParser) -> None:
     add_material(parser)
     add_tuning(parser)
     add_course(parser)
+    add_reports(parser)
+    add_peer_options(parser)
 
 
 def add_material(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +119,15 @@ def add_course(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=options.whole, default=0, help="of everything drawn (default: 0)")
     every = "steps between checkpoints (default: 250)"
     add("--save-every", "--checkpointing_steps", type=options.whole, default=250, help=every)
+    resume = "diffusers' option: a run in the same folder always goes on"
+    add("--resume_from_checkpoint", metavar="latest", help=resume)
+    add("--device", help="cpu, cuda, …")
+    add("--dtype", help="of the weights that stay: float32, bfloat16 or float16")
+
+
+def add_reports(parser: argparse.ArgumentParser) -> None:
+    """Options of what is told of a run on its way."""
+    add = parser.add_argument_group("reports").add_argument
     look = "what a sample picture shows; may be given several times"
     names = ("--sample", "--validation_prompt")
     add(*names, type=options.text, action="append", metavar="TEXT", help=look)
@@ -120,26 +135,31 @@ def add_course(parser: argparse.ArgumentParser) -> None:
     add("--sample-every", type=options.whole, default=250, help=every)
     epochs = "epochs between sample pictures, as diffusers counts them"
     add("--validation_epochs", type=options.whole, metavar="N", help=epochs)
+    held = "captioned pictures whose loss at eight times is told, as the paper validates"
+    add("--validation-data", type=Path, metavar="FOLDER", help=held)
+    every = "steps between validations (default: 250)"
+    add("--validate-every", type=options.whole, default=250, metavar="N", help=every)
     add("--report_to", help="tensorboard; metrics.jsonl is always there")
     add("--push_to_hub", action="store_true", help="not done: says how")
-    resume = "diffusers' option: a run in the same folder always goes on"
-    add("--resume_from_checkpoint", metavar="latest", help=resume)
-    add("--device", help="cpu, cuda, …")
-    add("--dtype", help="of the weights that stay: float32, bfloat16 or float16")
 
 
 def precision(asked: str, cuda: bool) -> str:
     """The arithmetic's precision as accelerate names it; float16 needs a GPU."""
     if asked not in ("bf16", "fp16", "no"):
         raise Refusal(f"precision {asked} is not one of bf16, fp16, no")
-    if asked == "fp16" and not cuda:
+    if asked == "fp16" and not cuda and is_first():
         warnings.warn("float16 is slow and coarse on a CPU: training in bf16 instead", stacklevel=2)
-        return "bf16"
-    return asked
+    return "bf16" if asked == "fp16" and not cuda else asked
 
 
 def say_otherwise(arguments: argparse.Namespace) -> None:
     """Warn of what diffusers' options ask for and this does in another way, or refuse it."""
+    if arguments.resume_from_checkpoint not in (None, "latest"):
+        raise Refusal("a run goes on from its last checkpoint alone: name its folder with --out")
+    if arguments.schedule not in ("constant", "constant_with_warmup", "linear"):
+        raise Refusal(f"schedule {arguments.schedule} is not one of constant, linear")
+    if not is_first():
+        return
     if arguments.report_to not in (None, "tensorboard", "none"):
         warnings.warn(
             f"there is no report to {arguments.report_to}: figures go to metrics.jsonl and "
@@ -151,15 +171,30 @@ def say_otherwise(arguments: argparse.Namespace) -> None:
             f"nothing is uploaded: when it is done, run hf upload NAME {arguments.out}",
             stacklevel=2,
         )
-    if arguments.resume_from_checkpoint not in (None, "latest"):
-        raise Refusal("a run goes on from its last checkpoint alone: name its folder with --out")
-    if arguments.schedule not in ("constant", "constant_with_warmup", "linear"):
-        raise Refusal(f"schedule {arguments.schedule} is not one of constant, linear")
+
+
+def require_packages() -> None:
+    """Refuse where what training needs is not installed."""
+    needed = ("accelerate", "matplotlib")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise Refusal(f"training needs {', '.join(missing)}: pip install 'sd3min[train]'")
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(path: Path) -> None:
+    """Print where the result lies, once."""
+    if is_first():
+        print(path)
 
 
 def run_finetune(arguments: argparse.Namespace) -> None:
     """Fine-tune, and say where the result lies."""
+    require_packages()
+    say_otherwise(arguments)
     from sd3min.training import tuning_run
 
-    say_otherwise(arguments)
-    print(tuning_run.run(arguments))
+    say(tuning_run.run(arguments))

@@ -9,11 +9,12 @@ import random
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from sd3min.autoencoder import Autoencoder
 from sd3min.config import Refusal
 from sd3min.pipeline import to_tensor
+from sd3min.training import records
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 SIDE = 16  # pixels that the sides of a picture are multiples of
@@ -36,28 +38,45 @@ class Example:
     name: str
 
     def open(self) -> Image.Image:
-        """The picture in RGB, upright; Refusal names one that cannot be read."""
+        """The picture in RGB, upright, on white where it can be seen through; Refusal names one
+        that cannot be read."""
         try:
             image = self.picture
             image = Image.open(image) if isinstance(image, Path) else image
-            return ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-            raise Refusal(f"the picture {self.name} cannot be read: {error}") from None
+            return opaque(ImageOps.exif_transpose(image))
+        except Exception as error:  # of many kinds, by what the file holds
+            told = f"{error}" or type(error).__name__
+            raise Refusal(f"the picture {self.name} cannot be read: {told}") from None
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """The picture in RGB; what is behind the transparent is white, as on a page."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def captions_of(folder: Path) -> dict[str, str]:
-    """What the lines of a folder's metadata.jsonl say: file_name and text, as in datasets."""
+    """What the lines of a folder's metadata.jsonl say: file_name and text, as in datasets; also
+    caption or prompt."""
     path, found = folder / "metadata.jsonl", {}
     if not path.exists():
         return {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(records.read(path).split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             told = json.loads(line)
-            found[told["file_name"]] = str(told.get("text", told.get("caption")) or told["prompt"])
-        except (json.JSONDecodeError, KeyError, TypeError):
+            name = told["file_name"]
+            words = next(told[key] for key in ("text", "caption", "prompt") if key in told)
+            if not isinstance(name, str) or not isinstance(words, str):
+                raise TypeError("not texts")
+        except (ValueError, KeyError, TypeError, StopIteration, RecursionError):
             raise Refusal(
                 f"{path}, line {number}, must be JSON with file_name and text: {line[:80]!r}"
             ) from None
+        found[name] = words
     return found
 
 
@@ -73,9 +92,7 @@ def read_folder(folder: Path, caption: str | None = None) -> list[Example]:
     for path in paths:
         name = path.relative_to(folder).as_posix()
         text = path.with_suffix(".txt")
-        words = (
-            text.read_text(encoding="utf-8").strip() if text.exists() else told.get(name, caption)
-        )
+        words = records.read(text).strip() if text.exists() else told.get(name, caption)
         if words is None:
             raise Refusal(
                 f"{path} has no caption: write {text.name} beside it, a line in metadata.jsonl, "
@@ -93,24 +110,38 @@ def read_dataset(
 ) -> list[Example]:
     """The pictures of a Hugging Face dataset's split "train", by name or folder, with `text` as the
     column of captions, or one caption for all."""
-    import datasets
-
-    try:
-        if (Path(name) / "dataset_info.json").exists():
-            rows: Any = datasets.load_from_disk(name)
-        else:
-            rows = datasets.load_dataset(name, split="train")
-    except Exception as error:  # of many kinds, by where the dataset is sought
-        raise Refusal(f"the dataset {name} cannot be loaded: {error}") from None
+    rows = opened(name)
     for column in (picture, text):
         if column is not None and column not in rows.column_names:
             raise Refusal(f"the dataset {name} has no column {column!r}: {rows.column_names}")
     if text is None and caption is None:
         raise Refusal(f"name the dataset's column of captions, or one prompt for all: {name}")
-    return [
-        Example(row[picture], str(row[text]) if text else str(caption), f"{name}, row {i}")
-        for i, row in enumerate(rows)
-    ]
+    try:
+        found: list[tuple[Any, Any]] = [
+            (row[picture], row[text] if text else caption) for row in rows
+        ]
+    except Exception as error:  # of many kinds, by what the rows hold
+        raise Refusal(f"the pictures of the dataset {name} cannot be read: {error}") from None
+    for i, (image, words) in enumerate(found):
+        if not isinstance(image, Image.Image):
+            raise Refusal(f"the dataset {name} has no picture in row {i}: {image!r}")
+        if not isinstance(words, str):
+            raise Refusal(f"the dataset {name} has no text as the caption of row {i}: {words!r}")
+    return [Example(image, words, f"{name}, row {i}") for i, (image, words) in enumerate(found)]
+
+
+def opened(name: str) -> Any:
+    """A dataset's split "train", as saved on disk or as `load_dataset` finds it."""
+    import datasets
+
+    try:
+        if (Path(name) / "dataset_dict.json").exists():
+            return datasets.DatasetDict.load_from_disk(name)["train"]
+        if (Path(name) / "dataset_info.json").exists():
+            return datasets.Dataset.load_from_disk(name)
+        return datasets.load_dataset(name, split="train")
+    except Exception as error:  # of many kinds, by where the dataset is sought
+        raise Refusal(f"the dataset {name} cannot be loaded: {error}") from None
 
 
 def bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
@@ -171,13 +202,13 @@ class LatentCache:
 
     def write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         """Keep a posterior, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            try:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
                 save_file(tensors, Path(folder) / path.name)
                 os.replace(Path(folder) / path.name, path)
-            except (OSError, SafetensorError) as error:
-                raise Refusal(f"{path} cannot be written: {error}") from None
+        except (OSError, SafetensorError) as error:
+            raise Refusal(f"{path} cannot be written: {error}") from None
 
     def encode(self, examples: Sequence[Example], resolution: int) -> list[Encoded]:
         """All examples' posteriors, by bucket."""
@@ -197,17 +228,23 @@ class LatentCache:
         ]
 
 
+@lru_cache(maxsize=4)
+def order(sizes: tuple[int, ...], batch: int, seed: int, epoch: int) -> list[tuple[int, list[int]]]:
+    """An epoch's batches: of each the bucket and the places in it."""
+    rng = random.Random(f"{seed} {epoch}")
+    orders = [rng.sample(range(size), size) for size in sizes]
+    starts = [(which, start) for which, size in enumerate(sizes) for start in range(0, size, batch)]
+    return [
+        (which, [orders[which][i % sizes[which]] for i in range(start, start + batch)])
+        for which, start in rng.sample(starts, len(starts))
+    ]
+
+
 def batches(sizes: Sequence[int], batch: int, seed: int, step: int) -> tuple[int, list[int]]:
     """The bucket of a step's batch and the places in it, of buckets of some sizes.
 
     Every example comes once in an epoch, in an order by chance; a bucket's last batch is filled up
     from its start.
     """
-    counts = [math.ceil(size / batch) for size in sizes]
-    epoch, number = divmod(step, sum(counts))
-    rng = random.Random(f"{seed} {epoch}")
-    orders = [rng.sample(range(size), size) for size in sizes]
-    whole = [(which, i) for which, count in enumerate(counts) for i in range(count)]
-    which, i = rng.sample(whole, len(whole))[number]
-    order = orders[which]
-    return which, [order[j % len(order)] for j in range(i * batch, (i + 1) * batch)]
+    epoch, number = divmod(step, sum(math.ceil(size / batch) for size in sizes))
+    return order(tuple(sizes), batch, seed, epoch)[number]

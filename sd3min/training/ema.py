@@ -33,7 +33,9 @@ class Average:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a checkpoint's average."""
+        """Go on from a checkpoint's average; Refusal where it is of other weights."""
+        if state["kept"].keys() != self.kept.keys():
+            raise Refusal("the checkpoint keeps an average of other weights, or none")
         self.steps = state["steps"]
         for name, tensor in state["kept"].items():
             self.kept[name].copy_(tensor)
@@ -49,7 +51,9 @@ class Average:
         """The average in the weights' place for a while, then the weights again."""
         before: dict[str, Tensor] = {n: p.detach().clone() for n, p in self.live.items()}
         self.settle()
-        yield
-        with torch.no_grad():
-            for name, parameter in self.live.items():
-                parameter.copy_(before[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.live.items():
+                    parameter.copy_(before[name])

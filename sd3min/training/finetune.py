@@ -19,7 +19,7 @@ from sd3min.mmdit import MMDiT
 from sd3min.text_encoders import Conditioning
 from sd3min.training.conditioning import Layout, leave_out
 from sd3min.training.data import Encoded, batches
-from sd3min.training.objective import Objective, paper, velocity_errors
+from sd3min.training.objective import Objective, paper, validation_losses, velocity_errors
 from sd3min.training.trainer import Losses, Task
 
 
@@ -65,6 +65,8 @@ class Tuning:
         for module in parts.values():
             module.eval().requires_grad_(self.rank is None)
         if self.rank is None:
+            if "clip_l" in parts:  # whose projection is the identity, and in no official file
+                parts["clip_l"].get_submodule("text_projection").requires_grad_(False)
             return None
         generator = torch.Generator().manual_seed(self.seed)
         return lora.add(parts, self.rank, self.alpha, self.targets, generator)
@@ -159,3 +161,24 @@ class FineTuning(Task):
             return self.mmdit(z.to(context), flow.TRAINED_TIMES * t, context, pooled)
 
         return velocity
+
+
+@torch.no_grad()
+def validate(task: FineTuning, material: Material, batch: int) -> dict[str, float]:
+    """The paper's validation loss of pictures, and its part at each time (§5.3): of the posteriors'
+    modes, each picture with its own noise, the same at every time and every call.
+    """
+    device, losses = task.mmdit.pos_embed.device, []
+    for bucket in material.encoded:
+        for first in range(0, len(bucket.indices), batch):
+            indices = bucket.indices[first : first + batch]
+            data = ((bucket.mean[first : first + batch] - SHIFT) * SCALE).to(device)
+            generators = [torch.Generator().manual_seed(index) for index in indices]
+            noise = [torch.randn(data.shape[1:], generator=g) for g in generators]
+            told = task.encode([material.captions[index] for index in indices])
+            found = validation_losses(task.velocity(told), data, torch.stack(noise).to(data))
+            losses += [found] * len(indices)
+    means = torch.stack(losses).double().mean(dim=0)
+    times = [(i + 0.5) / len(means) for i in range(len(means))]
+    by_time = {f"validation_t{t:g}": m for t, m in zip(times, means.tolist(), strict=True)}
+    return {"validation": means.mean().item()} | by_time

@@ -8,59 +8,25 @@ was stopped goes on from the last one.
 import dataclasses
 import json
 import shutil
-import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from sd3min import text_encoders
+from sd3min import pipeline, text_encoders
 from sd3min.autoencoder import Autoencoder
-from sd3min.checkpoint import PREFIXES
-from sd3min.config import AutoencoderConfig, CLIPConfig, Defaults, MMDiTConfig, T5Config
+from sd3min.config import CLIPConfig, MMDiTConfig, T5Config
 from sd3min.mmdit import MMDiT
 from sd3min.pipeline import Pipeline
 from sd3min.text_encoders import TextEncoders
-from sd3min.training import images, reading, text_to_image, vocabulary
+from sd3min.training import images, reading, records, text_to_image, vocabulary
 from sd3min.training.grid import grid
-from sd3min.training.trainer import Recipe, fit
+from sd3min.training.plan import Plan
+from sd3min.training.trainer import Watch, fit
+from sd3min.training.weights import save_parts
 
 GRID = 32  # rows and columns of the table of positions, in patches
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to make and how, as the TOML file has it."""
-
-    depth: int  # of the MMDiT
-    autoencoder: AutoencoderConfig
-    clip: dict[str, int]  # sizes of both CLIPs
-    t5: dict[str, int]
-    pictures: int  # drawn and encoded once for the flow
-    training_shift: float  # of times in training: where things stand is decided at high noise
-    defaults: Defaults  # settings that the weights bring along
-    recipes: dict[str, Recipe]  # of the stages reconstruction, decoder, reading and flow
-    look_every: int  # steps between sample pictures
-    prompts: list[str]  # of the sample pictures
-
-    @classmethod
-    def read(cls, path: Path) -> "Plan":
-        """Read a TOML file; ValueError names what is wrong in it."""
-        told = tomllib.loads(path.read_text())
-        try:
-            return cls(
-                **told
-                | {
-                    "autoencoder": AutoencoderConfig(**told["autoencoder"]),
-                    "defaults": Defaults(**told["defaults"]),
-                    "recipes": {name: Recipe(**r) for name, r in told["recipes"].items()},
-                }
-            )
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"{path} is not a plan for training: {error}") from error
 
 
 def train_autoencoder(plan: Plan, work: Path) -> Autoencoder:
@@ -115,12 +81,14 @@ def train_flow(plan: Plan, work: Path, autoencoder: Autoencoder) -> tuple[MMDiT,
     latents = text_to_image.Latents(autoencoder, plan.pictures, work / "latents.pt")
     task = text_to_image.TextToImage(mmdit, encoders, latents, recipe.batch, plan.training_shift)
 
-    def look(step: int) -> None:
+    def look(step: int) -> dict[str, float]:
         pipe = Pipeline(mmdit, autoencoder, encoders, plan.defaults)
-        grid(pipe(plan.prompts, seed=0, progress=False)).save(work / "flow" / f"{step:06}.png")
+        pictures = pipe(plan.prompts, seed=0, progress=False)
+        pipeline.save(grid(pictures), work / "flow" / f"{step:06}.png")
+        return {}
 
     with sdpa_kernel(SDPBackend.MATH):  # the quickest for so few tokens
-        fit(task.eval(), recipe, work / "flow", look, plan.look_every)
+        fit(task.eval(), recipe, work / "flow", [Watch(plan.look_every, look)])
     return mmdit, encoders
 
 
@@ -140,24 +108,19 @@ def assemble(
         "clip_g": encoders.clip_g,
         "t5": encoders.t5,
     }
-    tensors = {
-        PREFIXES[part] + name: tensor.half().contiguous()
-        for part, module in modules.items()
-        for name, tensor in module.state_dict().items()
-    }
-    del tensors[PREFIXES["clip_l"] + "text_projection.weight"]  # the identity
-    del tensors[PREFIXES["t5"] + "encoder.embed_tokens.weight"]  # shared.weight again
-    folder.mkdir(parents=True, exist_ok=True)
+    records.make(folder)
     for place in vocabulary.FOLDERS:
         shutil.copytree(work / place, folder / place, dirs_exist_ok=True)
-    settings = json.dumps(dataclasses.asdict(plan.defaults))
+    settings = {"sd3min.defaults": json.dumps(dataclasses.asdict(plan.defaults))}
     path = folder / f"{folder.name}.safetensors"
-    save_file(tensors, path, {"sd3min.defaults": settings})
+    with records.whole(path) as part:
+        part.unlink(missing_ok=True)  # of a run that was killed here
+        save_parts(modules, part, torch.float16, settings)
     return path
 
 
 def train(plan: Plan, work: Path, out: Path) -> Path:
     """Run the stages in order, with checkpoints in `work`; the weights go to the folder `out`."""
-    work.mkdir(parents=True, exist_ok=True)
+    records.make(work)
     autoencoder = train_autoencoder(plan, work)
     return assemble(out, plan, work, autoencoder, *train_flow(plan, work, autoencoder))

@@ -20,7 +20,8 @@ from sd3min.training import captions, scenes
 from sd3min.training.conditioning import Layout, leave_out
 from sd3min.training.images import drawn
 from sd3min.training.objective import paper, velocity_errors
-from sd3min.training.trainer import Losses, Task, save
+from sd3min.training.records import save
+from sd3min.training.trainer import Losses, Task
 
 NO_CAPTION = 0.1  # of the captions are left empty, for guidance
 LEFT_OUT = 0.15  # how often each encoder is left out, each by itself

@@ -6,23 +6,22 @@ process's losses, and a run that was killed goes on exactly as it would have.
 """
 
 import contextlib
-import json
 import math
-import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from sd3min.config import Refusal
-from sd3min.training import curves
+from sd3min.training import records
 from sd3min.training.ema import Average
+from sd3min.training.recipe import Recipe
 
 
 class Losses(NamedTuple):
@@ -44,102 +43,57 @@ class Task(nn.Module):
         return f"batch {step}"
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How long, how fast and how carefully to train; the optimizer is AdamW, with ε as in the paper
-    (App. B.3)."""
+class Watch(NamedTuple):
+    """What is done every so many steps with the averaged weights in place; its figures are kept."""
 
-    steps: int
-    learning_rate: float
-    batch: int = 64  # of all processes and accumulated parts together
-    accumulation: int = 1  # parts that a process cuts its share of a batch into
-    warmup: int = 200  # steps over which the rate rises
-    decay: float = 0.25  # of the steps, at the end, over which it falls to zero
-    betas: tuple[float, float] = (0.9, 0.99)
-    epsilon: float = 1e-15
-    weight_decay: float = 0.01
-    clip: float = 1.0  # largest norm of a gradient
-    average: float = 0.0  # decay of the weights' moving average; 0 for none
-    precision: str = "bf16"  # of the arithmetic; or "no" for float32
-    save_every: int = 250
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step, relative to the highest: up, level, and down to zero."""
-        falling = max(1, round(self.steps * self.decay))
-        return min(1.0, (step + 1) / max(1, self.warmup), (self.steps - step) / falling)
-
-
-def save(state: object, path: Path) -> None:
-    """Write a checkpoint whole or not at all; Refusal says so where the disk is full."""
-    part = path.with_suffix(".part")
-    try:
-        with part.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch's writer makes the one into the other
-        part.unlink(missing_ok=True)
-        raise OSError(
-            f"could not write the checkpoint {path}, the last one stays: {error}"
-        ) from error
-    os.replace(part, path)
-
-
-def shares(recipe: Recipe, rank: int, processes: int) -> list[slice]:
-    """The parts of a batch that a process works through, one after the other."""
-    parts = processes * recipe.accumulation
-    if recipe.batch % parts:
-        raise Refusal(
-            f"a batch of {recipe.batch} does not divide among {processes} processes of "
-            f"{recipe.accumulation} parts each; choose a multiple of {parts}"
-        )
-    size = recipe.batch // parts
-    first = rank * recipe.accumulation
-    return [slice(i * size, (i + 1) * size) for i in range(first, first + recipe.accumulation)]
-
-
-def by_time(values: Tensor, times: Tensor, bins: int = 4) -> dict[str, float]:
-    """Mean loss of the examples whose time lies in each of some equal bins from 0 to 1."""
-    index = (times * bins).long().clamp(max=bins - 1)
-    means = {i: values[index == i].double().mean().item() for i in range(bins)}
-    return {f"loss_t{i / bins:g}": mean for i, mean in means.items() if not math.isnan(mean)}
+    every: int
+    look: Callable[[int], Mapping[str, float]]
 
 
 class Run:
     """A task on its way: trained weights, optimizer and step, kept together in one file."""
 
     def __init__(self, task: Task, recipe: Recipe, path: Path):
-        self.recipe, self.path, self.step = recipe, path, 0
-        self.accelerator = Accelerator(mixed_precision=recipe.precision)
-        self.trained = {n: p for n, p in task.named_parameters() if p.requires_grad}
-        self.parameters = list(self.trained.values())
+        self.task, self.recipe, self.path, self.step = task, recipe, path, 0
+        on_cpu = all(parameter.device.type == "cpu" for parameter in task.parameters())
+        AcceleratorState._reset_state()  # of a run before, which may have had another precision
+        self.accelerator: Any = Accelerator(mixed_precision=recipe.precision, cpu=on_cpu)
         optimizer = torch.optim.AdamW(
-            self.parameters,
+            [parameter for parameter in task.parameters() if parameter.requires_grad],
             lr=0.0,
             betas=recipe.betas,
             eps=recipe.epsilon,
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-        self.task = task
-        self.average = Average(self.trained, recipe.average)
         self.model, self.optimizer = self.accelerator.prepare(task, optimizer)
-        self.parts = shares(recipe, self.accelerator.process_index, self.accelerator.num_processes)
+        self.trained = {n: p for n, p in task.named_parameters() if p.requires_grad}
+        self.average = Average(self.trained, recipe.average)
+        self.parts = recipe.shares(self.accelerator.process_index, self.accelerator.num_processes)
         if path.exists():
             self._resume()
 
     def _resume(self) -> None:
         """Go on from the checkpoint; Refusal where it is of another task."""
-        state = torch.load(self.path, map_location="cpu")
-        fits = {n: p.shape for n, p in self.trained.items()}
-        if {n: p.shape for n, p in state["trained"].items()} != fits:
-            raise Refusal(f"{self.path} is of another run: name another folder, or remove it")
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(state["trained"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average.load_state_dict(state["average"])
-        self.step = state["step"]
+        state, fits = records.load(self.path), {n: p.shape for n, p in self.trained.items()}
+        try:
+            if {n: p.shape for n, p in state["trained"].items()} != fits:
+                raise ValueError("other weights")
+            with torch.no_grad():
+                for name, parameter in self.trained.items():
+                    parameter.copy_(state["trained"][name])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average.load_state_dict(state["average"])
+            self.step = state["step"]
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise Refusal(
+                f"{self.path} is of another run: name another folder, or remove it"
+            ) from None
+        if self.step > self.recipe.steps:
+            raise Refusal(
+                f"{self.path} has gone {self.step} steps, and {self.recipe.steps} are asked for: "
+                "ask for more, or name another folder"
+            )
 
     def save(self) -> None:
         """Write the checkpoint, from the first process."""
@@ -150,7 +104,7 @@ class Run:
                 "average": self.average.state_dict(),
                 "step": self.step,
             }
-            save(state, self.path)
+            records.save(state, self.path)
         self.accelerator.wait_for_everyone()
 
     def losses(self) -> Losses:
@@ -176,70 +130,68 @@ class Run:
         losses = self.losses()
         values = self.accelerator.gather(losses.values)
         loss = values.double().mean().item()
-        if not math.isfinite(loss):
-            where = self.task.describe(self.step)
-            raise Refusal(f"the loss is {loss} at step {self.step}, on {where}: lower the rate")
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.clip)
+        self.check("loss", loss)
+        norm = float(
+            self.accelerator.clip_grad_norm_(list(self.trained.values()), self.recipe.clip)
+        )
+        if self.accelerator.scaler is None:  # which lowers its scale, and leaves the step out
+            self.check("gradient's norm", norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.update()
-        figures = {"step": self.step, "loss": loss, "rate": rate, "norm": float(norm)}
+        figures = {"step": self.step, "loss": loss, "rate": rate, "norm": norm}
         if losses.times is not None:
-            figures |= by_time(values, self.accelerator.gather(losses.times))
+            figures |= records.by_time(values, self.accelerator.gather(losses.times))
         self.step += 1
         return figures | {"seconds": round(time.monotonic() - began, 3)}
 
+    def check(self, what: str, value: float) -> None:
+        """Refuse to learn from a batch whose loss or gradient is no number."""
+        if not math.isfinite(value):
+            raise Refusal(
+                f"the {what} is {value} at step {self.step}, on {self.task.describe(self.step)}: "
+                "lower the rate, or look at these; the last checkpoint stays"
+            )
 
-def open_log(path: Path, step: int) -> Path:
-    """Forget what a log says of the steps from `step` on."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
-    path.write_text("".join(f"{line}\n" for line in kept))
-    return path
-
-
-def open_board(folder: Path) -> Any:
-    """Where TensorBoard finds the figures; Refusal where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise Refusal("TensorBoard is not installed: pip install tensorboard") from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    def watched(self, watches: Sequence[Watch]) -> dict[str, float]:
+        """Figures of the watches whose time has come, on every process."""
+        due = [w for w in watches if self.step % w.every == 0 or self.step == self.recipe.steps]
+        figures = {}
+        if due:
+            with self.average.in_place():
+                for watch in due:
+                    figures |= watch.look(self.step)
+        return figures
 
 
 def fit(
     task: Task,
     recipe: Recipe,
     folder: Path,
-    look: Callable[[int], None] = lambda step: None,
-    look_every: int = 1000,
+    watches: Sequence[Watch] = (),
     tensorboard: bool = False,
 ) -> None:
     """Train a task; a run that was begun in `folder` goes on from its checkpoint.
 
     The folder gets `checkpoint.pt`, and `metrics.jsonl` with a line a step: loss, rate, gradient's
-    norm, seconds, and the loss by time; `metrics.png` draws them. `look(step)` is called now and
-    then, with the averaged weights in place where there are any.
+    norm, seconds, the loss by time, and what watches find; `metrics.png` draws them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    records.make(folder)
     run = Run(task, recipe, folder / "checkpoint.pt")
     main = run.accelerator.is_main_process
-    log = open_log(folder / "metrics.jsonl", run.step) if main else Path(os.devnull)
-    board = open_board(folder) if tensorboard and main else None
+    log = records.Log(folder, run.step, tensorboard) if main else contextlib.nullcontext()
     bar = tqdm(total=recipe.steps, initial=run.step, desc=folder.name, disable=not main)
-    with log.open("a", buffering=1) as lines, bar:
+    with log as lines, bar:
         while run.step < recipe.steps:
             figures = run.advance()
-            lines.write(json.dumps(figures) + "\n")
-            if board is not None:
-                for name, value in figures.items():
-                    board.add_scalar(name, value, run.step)
-            bar.set_postfix(loss=f"{figures['loss']:.4f}", refresh=False)
-            bar.update()
-            if run.step % recipe.save_every == 0 or run.step == recipe.steps:
+            figures |= run.watched(watches)
+            saving = run.step % recipe.save_every == 0 or run.step == recipe.steps
+            if lines is not None:
+                lines.write(figures)
+                bar.set_postfix(loss=f"{figures['loss']:.4f}", refresh=False)
+                bar.update()
+                if saving:
+                    lines.draw()
+            if saving:
                 run.save()
-            if main and (run.step % look_every == 0 or run.step == recipe.steps):
-                curves.draw(log, folder / "metrics.png")
-                with run.average.in_place():
-                    look(run.step)
     run.average.settle()

@@ -1,9 +1,14 @@
 """A run of fine-tuning: from files and pictures to a LoRA, or to the network's weights."""
 
 import argparse
+import hashlib
+import json
 import math
-from collections.abc import Sequence
-from functools import cache
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +18,30 @@ from torch import nn
 from tqdm import tqdm
 
 from sd3min import checkpoint, lora, pipeline
+from sd3min.autoencoder import Autoencoder
 from sd3min.config import Refusal
 from sd3min.fast.prompts import CachedEncoders
+from sd3min.mmdit import MMDiT
 from sd3min.pipeline import Pipeline
 from sd3min.text_encoders import Conditioning
-from sd3min.training import objective
+from sd3min.training import objective, records
 from sd3min.training.commands import precision
 from sd3min.training.conditioning import Layout
-from sd3min.training.data import Example, LatentCache, read_dataset, read_folder
-from sd3min.training.finetune import FineTuning, Material, Tuning
+from sd3min.training.data import SUFFIXES, Example, LatentCache, read_dataset, read_folder
+from sd3min.training.finetune import FineTuning, Material, Tuning, validate
 from sd3min.training.grid import grid
-from sd3min.training.trainer import Recipe, fit
-from sd3min.training.weights import save_part
+from sd3min.training.recipe import Recipe
+from sd3min.training.trainer import Watch, fit
+from sd3min.training.weights import save_parts
+
+PATIENCE = timedelta(hours=12)  # of processes that wait while the first makes pictures
+REMEMBERED = 256  # prompts kept in memory, of 5 MB each for the official encoders
+DECISIVE = (  # options that another run in the same folder must not differ in
+    *("objective", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "shift"),
+    *("precondition_outputs", "full", "rank", "alpha", "targets", "train_clips", "dropout"),
+    *("no_t5", "prior_weight", "rate", "schedule", "warmup", "clip", "average", "precision"),
+    *("seed", "resolution", "dtype", "accumulation"),
+)
 
 
 def subject(arguments: argparse.Namespace) -> list[Example]:
@@ -39,15 +56,11 @@ def subject(arguments: argparse.Namespace) -> list[Example]:
 
 def class_pictures(pipe: Pipeline, arguments: argparse.Namespace, side: int) -> list[Example]:
     """The class's pictures; where there are too few, the model makes more before it is changed."""
-    folder, prompt = arguments.class_data, arguments.class_prompt
-    if prompt is None:
-        raise Refusal("--class-data goes with --class-prompt, the caption of its pictures")
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = range(arguments.class_images)
-    missing = [i for i in numbers if not (folder / f"{i:05}.png").exists()]
-    there = [path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
-    missing = missing[: max(0, len(numbers) - len(there))]
-    for i in tqdm(missing, desc="pictures of the class"):
+    folder, prompt, wanted = arguments.class_data, arguments.class_prompt, arguments.class_images
+    records.make(folder)
+    there = sum(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))
+    missing = [i for i in range(wanted) if not (folder / f"{i:05}.png").exists()]
+    for i in tqdm(missing[: max(0, wanted - there)], desc="pictures of the class"):
         image, *_ = pipe(prompt, seed=i, width=side, height=side, progress=False)
         pipeline.save(image, folder / f"{i:05}.png")
     return read_folder(folder, prompt)
@@ -72,21 +85,35 @@ def chosen_objective(arguments: argparse.Namespace) -> objective.Objective:
     )
 
 
-def recipe(arguments: argparse.Namespace, processes: int, materials: int, cuda: bool) -> Recipe:
-    """The course that the options ask for."""
-    positive = ("steps", "batch", "accumulation", "save_every", "sample_every")
-    for name in positive:
+def chosen_tuning(arguments: argparse.Namespace) -> Tuning:
+    """What the options change, and how."""
+    if not 0 <= arguments.dropout < 1:
+        raise Refusal(f"a dropout of {arguments.dropout} must be at least 0 and below 1")
+    return Tuning(
+        rank=None if arguments.full else arguments.rank,
+        alpha=arguments.alpha,
+        targets=arguments.targets.split(",") if arguments.targets else None,
+        objective=chosen_objective(arguments),
+        dropout=arguments.dropout,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        seed=arguments.seed,
+    )
+
+
+def recipe(arguments: argparse.Namespace, processes: int, cuda: bool) -> Recipe:
+    """The course that the options ask for; its batch is of all processes and both materials."""
+    for name in ("batch", "sample_every", "validate_every", "class_images"):
         if getattr(arguments, name) < 1:
             raise Refusal(f"--{name.replace('_', '-')} must be at least 1")
-    if not 0 < arguments.rate < math.inf:
-        raise Refusal(f"a rate of {arguments.rate} is not a number above 0")
+    materials = 2 if arguments.class_data else 1
+    steps, warmup = max(1, arguments.steps), arguments.warmup
     return Recipe(
         steps=arguments.steps,
         learning_rate=arguments.rate,
         batch=arguments.batch * arguments.accumulation * processes * materials,
         accumulation=arguments.accumulation,
-        warmup=0 if arguments.schedule == "constant" else arguments.warmup,
-        decay=1.0 if arguments.schedule == "linear" else 0.0,
+        warmup=warmup,
+        decay=max(0, steps - warmup) / steps if arguments.schedule == "linear" else 0.0,
         betas=(0.9, 0.999),
         weight_decay=1e-4,
         clip=arguments.clip,
@@ -94,6 +121,88 @@ def recipe(arguments: argparse.Namespace, processes: int, materials: int, cuda: 
         precision=precision(arguments.precision, cuda),
         save_every=arguments.save_every,
     )
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse options that lack others."""
+    if arguments.with_prior_preservation and not arguments.class_data:
+        raise Refusal("--with_prior_preservation goes with --class-data and --class-prompt")
+    if arguments.class_data and arguments.class_prompt is None:
+        raise Refusal("--class-data goes with --class-prompt, the caption of its pictures")
+    if not 0 <= arguments.prior_weight < math.inf:
+        raise Refusal(f"a prior weight of {arguments.prior_weight} is not a number of 0 or more")
+    if arguments.full and arguments.dtype not in (None, "float32"):
+        raise Refusal("the whole network is trained in float32: leave --dtype out with --full")
+
+
+class Sampler(Pipeline):
+    """A pipeline on its way through training, whose text encoders may be a cache."""
+
+    def __init__(
+        self,
+        mmdit: MMDiT,
+        autoencoder: Autoencoder,
+        text_encoders: Any,
+        opened: checkpoint.Checkpoint,
+    ):
+        self.mmdit, self.autoencoder, self.text_encoders = mmdit, autoencoder, text_encoders
+        self.config, self.defaults = mmdit.config, opened.defaults
+        self.weights, self.loras = opened.fingerprint(), ()
+        self.device, self.dtype = mmdit.pos_embed.device, mmdit.pos_embed.dtype
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a run works with: opened weights, what is made of them, and the pictures' size."""
+
+    opened: checkpoint.Checkpoint
+    pipe: Pipeline
+    latents: LatentCache
+    side: int
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, device: str) -> "Bench":
+        """Load the weights that the options name."""
+        names = checkpoint.part_names(not arguments.no_t5)
+        files = arguments.weights, arguments.text_encoders, arguments.tokenizers, names
+        opened = checkpoint.Checkpoint.open(*files)
+        opened.require(names)
+        side = opened.defaults.width if arguments.resolution is None else arguments.resolution
+        if side % 16 or side < 16:
+            raise Refusal(f"a resolution of {side} is not a multiple of 16")
+        asked = "float32" if arguments.full else arguments.dtype
+        dtype, place = opened.placement(device, asked)
+        encoders = encoders_of(opened, arguments, dtype, place)
+        mmdit, autoencoder = (opened.load(name, dtype, place) for name in ("mmdit", "autoencoder"))
+        pipe = Sampler(mmdit, autoencoder, encoders, opened)
+        cache = LatentCache(autoencoder, arguments.out / "cache" / "latents")
+        return cls(opened, pipe, cache, side)
+
+    def material(self, examples: Sequence[Example], weight: float = 1.0) -> Material:
+        """Examples, encoded or found in the caches."""
+        captions = [example.caption for example in examples]
+        self.remember(captions)
+        return Material(self.latents.encode(examples, self.side), captions, weight)
+
+    def remember(self, prompts: Sequence[str]) -> None:
+        """Put prompts into the cache, if that is where encoders' words come from."""
+        encoders: Any = self.pipe.text_encoders
+        wanted = list(dict.fromkeys(prompts))
+        if isinstance(encoders, CachedEncoders):
+            for first in range(0, len(wanted), REMEMBERED):
+                encoders.encode(wanted[first : first + REMEMBERED])
+
+    def task(
+        self, tuning: Tuning, materials: list[Material], batch: int, clips: bool
+    ) -> FineTuning:
+        """The task of learning materials, with the CLIPs or without."""
+        encoders: Any = self.pipe.text_encoders
+        parts: dict[str, nn.Module] = {"mmdit": self.pipe.mmdit}
+        if clips:
+            parts |= {"clip_l": encoders.clip_l, "clip_g": encoders.clip_g}
+        encode = encoders.encode if clips else remembered(encoders)
+        layout = Layout.of(*(self.opened.parts[name].config for name in ("clip_l", "clip_g")))
+        return FineTuning(parts, encode, layout, tuning, materials, batch)
 
 
 def encoders_of(
@@ -106,77 +215,13 @@ def encoders_of(
     return CachedEncoders.of(opened, arguments.out / "cache" / "prompts", dtype, device, t5)
 
 
-def run(arguments: argparse.Namespace) -> Path:
-    """Fine-tune as the options say; the path of what was made."""
-    state = PartialState(cpu=arguments.device == "cpu")
-    names = checkpoint.part_names(not arguments.no_t5)
-    files = arguments.weights, arguments.text_encoders, arguments.tokenizers, names
-    opened = checkpoint.Checkpoint.open(*files)
-    opened.require(names)
-    device = arguments.device or str(state.device)
-    dtype, place = opened.placement(device, arguments.dtype)
-    side = arguments.resolution or opened.defaults.width
-    if side % 16 or side < 16:
-        raise Refusal(f"a resolution of {side} is not a multiple of 16")
-    examples = subject(arguments)
-    prior = arguments.class_data is not None
-    if arguments.with_prior_preservation and not prior:
-        raise Refusal("--with_prior_preservation goes with --class-data and --class-prompt")
-    course = recipe(arguments, state.num_processes, 1 + prior, place.type == "cuda")
+def remembered(encoders: CachedEncoders) -> Callable[[Sequence[str]], Conditioning]:
+    """What a cache of prompts says, the last ones kept in memory."""
 
-    encoders = encoders_of(opened, arguments, dtype, place)
-    mmdit, autoencoder = (opened.load(name, dtype, place) for name in ("mmdit", "autoencoder"))
-    pipe = Pipeline(mmdit, autoencoder, encoders, opened.defaults, opened.fingerprint())
-    latents = LatentCache(autoencoder, arguments.out / "cache" / "latents")
-
-    def material(found: Sequence[Example], weight: float) -> Material:
-        return Material(latents.encode(found, side), [each.caption for each in found], weight)
-
-    with state.main_process_first():
-        materials = [material(examples, 1.0)]
-        if prior:
-            pictures = class_pictures(pipe, arguments, side)
-            materials.append(material(pictures, arguments.prior_weight))
-        prompts = [caption for each in materials for caption in each.captions]
-        encoders.encode([*dict.fromkeys([*prompts, *(arguments.sample or []), ""])])
-
-    tuning = Tuning(
-        rank=None if arguments.full else arguments.rank,
-        alpha=arguments.alpha,
-        targets=arguments.targets.split(",") if arguments.targets else None,
-        objective=chosen_objective(arguments),
-        dropout=arguments.dropout,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        seed=arguments.seed,
-    )
-    parts: dict[str, nn.Module] = {"mmdit": mmdit}
-    encode = remembered(encoders)
-    if arguments.train_clips:
-        parts |= {"clip_l": encoders.clip_l, "clip_g": encoders.clip_g}
-        encode = encoders.encode
-    layout = Layout.of(opened.parts["clip_l"].config, opened.parts["clip_g"].config)
-    task = FineTuning(parts, encode, layout, tuning, materials, course.batch)
-
-    def look(step: int) -> None:
-        if arguments.sample:
-            pictures = pipe(arguments.sample, seed=0, width=side, height=side, progress=False)
-            grid(pictures).save(arguments.out / f"sample-{step:06}.png")
-
-    board = arguments.report_to == "tensorboard"
-    fit(task, course, arguments.out, look, sample_every(arguments, len(examples)), board)
-    return save(task, arguments.out) if state.is_main_process else result(task, arguments.out)
-
-
-def sample_every(arguments: argparse.Namespace, count: int) -> int:
-    """Steps between sample pictures, counted in epochs where diffusers' option asks for it."""
-    if arguments.validation_epochs is None:
-        return arguments.sample_every
-    return max(1, arguments.validation_epochs * count // (arguments.batch * arguments.accumulation))
-
-
-def remembered(encoders: CachedEncoders) -> Any:
-    """What a cache of prompts says, each kept in memory."""
-    said = cache(lambda caption: encoders.encode([caption]))
+    @lru_cache(maxsize=REMEMBERED)
+    def said(caption: str) -> Conditioning:
+        with warnings.catch_warnings(action="ignore"):  # of cuts, which were told of before
+            return encoders.encode([caption])
 
     def encode(captions: Sequence[str]) -> Conditioning:
         contexts, pooled = zip(*map(said, captions), strict=True)
@@ -185,17 +230,108 @@ def remembered(encoders: CachedEncoders) -> Any:
     return encode
 
 
+def keep_options(arguments: argparse.Namespace, bench: Bench, materials: list[Material]) -> None:
+    """Write down what decides a run; Refusal where its folder has a run of something else."""
+    options = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in DECISIVE}
+    captions = json.dumps([material.captions for material in materials])
+    told = options | {
+        "weights": bench.opened.fingerprint(),
+        "captions": hashlib.sha256(captions.encode()).hexdigest(),
+    }
+    path = arguments.out / "options.json"
+    if path.exists() and (arguments.out / "checkpoint.pt").exists():
+        before = records.read_json(path)
+        for name in told:
+            if before.get(name) != told[name]:
+                raise Refusal(
+                    f"{arguments.out} has a run with other {name} ({before.get(name)}, and now "
+                    f"{told[name]}): give --out another folder, or the run what it had"
+                )
+    with records.whole(path) as part:
+        part.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def run(arguments: argparse.Namespace) -> Path:
+    """Fine-tune as the options say; the path of what was made."""
+    check(arguments)
+    tuning = chosen_tuning(arguments)
+    on_cpu = arguments.device == "cpu" or not torch.cuda.is_available()
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    course = recipe(arguments, state.num_processes, not on_cpu)
+    examples = subject(arguments)
+    records.make(arguments.out)
+    own = arguments.device in (None, "cuda")  # each process has a GPU of its own
+    bench = Bench.of(arguments, str(state.device) if own else arguments.device)
+
+    with state.main_process_first():
+        materials = [bench.material(examples)]
+        if arguments.class_data:
+            pictures = class_pictures(bench.pipe, arguments, bench.side)
+            materials.append(bench.material(pictures, arguments.prior_weight))
+        held = (
+            bench.material(read_folder(arguments.validation_data, arguments.prompt))
+            if (arguments.validation_data)
+            else None
+        )
+        bench.remember([*(arguments.sample or []), ""])
+        if state.is_main_process:
+            keep_options(arguments, bench, materials)
+
+    task = bench.task(tuning, materials, course.batch, arguments.train_clips)
+    looks = list(watches(arguments, bench, task, held, len(examples), state))
+    fit(task, course, arguments.out, looks, arguments.report_to == "tensorboard")
+    path = save(task, arguments.out) if state.is_main_process else result(task, arguments.out)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    return path
+
+
+def watches(
+    arguments: argparse.Namespace,
+    bench: Bench,
+    task: FineTuning,
+    held: Material | None,
+    count: int,
+    state: PartialState,
+) -> list[Watch]:
+    """What is looked at on the way: the loss of held-out pictures, and sample pictures."""
+    side = bench.side
+
+    def show(step: int) -> dict[str, float]:
+        found = bench.pipe(arguments.sample, seed=0, width=side, height=side, progress=False)
+        if state.is_main_process:
+            pipeline.save(grid(found), arguments.out / f"sample-{step:06}.png")
+        return {}
+
+    found = []
+    if held is not None:
+        own = arguments.batch
+        found.append(Watch(arguments.validate_every, lambda step: validate(task, held, own)))
+    if arguments.sample:
+        found.append(Watch(sample_every(arguments, count, state.num_processes), show))
+    return found
+
+
+def sample_every(arguments: argparse.Namespace, count: int, processes: int) -> int:
+    """Steps between sample pictures, counted in epochs where diffusers' option asks for it."""
+    if arguments.validation_epochs is None:
+        return arguments.sample_every
+    batches = math.ceil(count / (arguments.batch * processes))
+    return max(1, arguments.validation_epochs * math.ceil(batches / arguments.accumulation))
+
+
 def result(task: FineTuning, folder: Path) -> Path:
     """The file that a run leaves."""
-    return folder / ("lora.safetensors" if task.lora is not None else "mmdit.safetensors")
+    return folder / ("lora.safetensors" if task.lora is not None else "weights.safetensors")
 
 
 def save(task: FineTuning, folder: Path) -> Path:
-    """Write the LoRA, or the network in the layout of an official file."""
+    """Write the LoRA, or what was trained in the layout of an official file."""
     path = result(task, folder)
-    path.unlink(missing_ok=True)
-    if task.lora is not None:
-        lora.save(task.lora, path)
-    else:
-        save_part(task.mmdit, "mmdit", path)
+    with records.whole(path) as part:
+        part.unlink(missing_ok=True)  # of a run that was killed here
+        if task.lora is not None:
+            lora.save(task.lora, part)
+        else:
+            save_parts({name: module for name, module in task.parts_.items()}, part)
     return path

@@ -1,5 +1,6 @@
 """Trained parts written as official files have them."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -9,15 +10,32 @@ from torch import nn
 from sd3min.checkpoint import PREFIXES
 from sd3min.writer import TYPES, Lazy, new, write_tensors
 
+TWINS = ("clip_l", "text_projection.weight"), ("t5", "encoder.embed_tokens.weight")
 
-def save_part(module: nn.Module, part: str, path: Path) -> None:
-    """Write a part's tensors under its official prefix, whole or not at all."""
-    kinds = {dtype: kind for kind, dtype in TYPES.items()}
+
+def save_parts(
+    modules: Mapping[str, nn.Module],
+    path: Path,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write parts' tensors under their official prefixes, whole or not at all, in their own type
+    or in another. Official files lack CLIP-L's projection, the identity, and T5's second table.
+    """
     tensors = {
-        f"{PREFIXES[part]}{name}": Lazy(
-            list(tensor.shape), kinds[tensor.dtype], partial(torch.Tensor.cpu, tensor.detach())
-        )
+        f"{PREFIXES[part]}{name}": tensor.detach()
+        for part, module in modules.items()
         for name, tensor in module.state_dict().items()
+        if (part, name) not in TWINS
     }
-    with new(path, sum(tensor.bytes for tensor in tensors.values())) as file:
-        write_tensors(file, tensors, {"format": "pt"})
+    kinds = {dtype: kind for kind, dtype in TYPES.items()}
+    lazy = {
+        name: Lazy(
+            list(tensor.shape),
+            kinds[dtype or tensor.dtype],
+            partial(tensor.to, "cpu", dtype or tensor.dtype),
+        )
+        for name, tensor in tensors.items()
+    }
+    with new(path, sum(tensor.bytes for tensor in lazy.values())) as file:
+        write_tensors(file, lazy, metadata or {"format": "pt"})
