@@ -18,7 +18,7 @@ OTHERS = re.compile(r"\([^()]*\b(?:et al\.|there\b)[^()]*\)")  # citations of ot
 CITATION = re.compile(
     r"§(?P<section>\d+(?:\.\d+)*)"
     r"|(?P<kind>Eqs?\.|Figs?\.|Tabs?\.|Table|Alg\.|App\.) (?P<first>[A-E]?[\d.]*\d[ab]?|[A-E])"
-    r"(?:(?:[-–]| to )(?P<last>\d+)| and (?P<also>\d+))?"
+    r"(?:(?:[-–]| to )(?P<last>\d+)| and (?P<also>\d+[ab]?))?"
 )
 KINDS = {"Eqs.": "Eq.", "Figs.": "Fig.", "Tabs.": "Tab.", "Table": "Tab."}
 DIFFERS = re.compile(
