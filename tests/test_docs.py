@@ -1,5 +1,6 @@
 """The site is built without a warning, asks the net for nothing, and its links lead somewhere."""
 
+import argparse
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 import sd3min
+from sd3min import cli
 
 ROOT = Path(__file__).parents[1]
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
@@ -102,6 +104,18 @@ def test_every_module_and_command_is_described(site):
     modules = {".".join(file.parts).removesuffix(".__init__") for file in files}
     assert modules - {"sd3min", "sd3min.__main__", "sd3min.training.__main__"} <= described
     assert {"sd3min-generate", "sd3min-finetune"} <= pages[folder / "commands.html"].ids
+
+
+def test_commands_in_the_guides_are_understood():
+    (found,) = (a for a in cli.make_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    written = []
+    for path in [*(ROOT / "docs" / "pages").rglob("*.md"), ROOT / "CONTRIBUTING.md"]:
+        written += re.findall(r"sd3min (%s)\b(.*)" % "|".join(found.choices), path.read_text())
+    assert len(written) > 20
+    for command, rest in written:
+        used = set(re.findall(r"(?<!\S)--[\w-]+", rest.partition("#")[0]))
+        known = {name for a in found.choices[command]._actions for name in a.option_strings}
+        assert used <= known, (command, used - known)
 
 
 def test_the_citation_is_of_this_version_and_of_the_paper():

@@ -88,7 +88,7 @@ def test_the_page_has_every_item_and_every_place(paper_map, items, places):
     for ref in items:
         assert sum(row.startswith(f"| {ref} |") for row in rows) == 1, ref
     for place in places:
-        assert f"[`{place.name}`]({place.file}:{place.line})" in page
+        assert f"[`{place.short}`]({place.file}:{place.line})" in page
         for ref in place.refs:
             (row,) = (row for row in rows if row.startswith(f"| {ref} |"))
-            assert f"`{place.name}`" in row, textwrap.shorten(row, 200)
+            assert f"`{place.short}`" in row, textwrap.shorten(row, 200)

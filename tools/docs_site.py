@@ -50,6 +50,7 @@ GROUPS = {  # pages of the reference, and the modules on each; the last has all 
     "fast": ("Fast and small", ("fast",)),
     "commands": ("Commands", ()),
 }
+SAME = ("rank", "resolution", "seed")  # options of diffusers' script with the same short name
 LINK = re.compile(r"(?<=\]\()([^()\s]+)(?=\))")
 IN_CODE = re.compile(r"(?<![\[`])`((?:sd3min|tools|notebooks)/[\w/]+\.py)`(?![\]`])")
 FENCE = "~" * 8
@@ -100,7 +101,7 @@ def linked(code: re.Match[str]) -> str:
 
 def listing(path: Path) -> str:
     """A source file as a page, every line with an address."""
-    head = f"---\ntitle: {path.name}\nsearch: {{exclude: true}}\nhide: [toc]\n---\n"
+    head = f"---\ntitle: {path.name}\nsearch: {{exclude: true}}\nhide: [navigation, toc]\n---\n"
     title = path.relative_to(ROOT).as_posix()
     code = f"{FENCE} {{ .python linenums=1 }}\n{path.read_text('utf-8')}\n{FENCE}"
     return f"{head}\n# {title}\n\n{code}\n"
@@ -162,10 +163,9 @@ def diffusers_options() -> str:
     """diffusers' options and ours for the same: told by the parser, and what is not there."""
     rows = {}
     for action in commands()["finetune"]._actions:
-        *_, last = action.option_strings
-        own = action.option_strings[0]
+        own, last = action.option_strings[0], action.option_strings[-1]
         name = last.removeprefix("--")
-        if own != last or "_" in name or name in ("resolution", "rank", "seed"):
+        if (own != last or "_" in name or name in SAME) and name != "help":
             same = "the same" if own == last else f"`{own}`"
             rows[name] = (f"`--{name}`", same, cell(action.help or ""))
     with (ROOT / "docs" / "diffusers_options.toml").open("rb") as file:
@@ -245,5 +245,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Put tables where a page asks for them."""
+    """Put tables where a page asks for them; a page alone in its tab needs no list of pages."""
+    if page.file.src_uri in ("index.md", "paper.md"):
+        page.meta["hide"] = ["navigation"]
     return re.sub(r"<!-- table: ([\w-]+) -->", lambda found: TABLES[found[1]](), markdown)

@@ -47,6 +47,11 @@ class Place:
     refs: tuple[str, ...]
     differs: tuple[str, ...]
 
+    @property
+    def short(self) -> str:
+        """The name without the package's."""
+        return self.name.removeprefix("sd3min.")
+
 
 def read_items() -> dict[str, Item]:
     """What the paper has, in its order."""
@@ -103,7 +108,7 @@ def render(link: Link) -> str:
     items, found = read_items(), places()
 
     def where(place: Place) -> str:
-        return f"[`{place.name}`]({link(place.file, place.line)})"
+        return f"[`{place.short}`]({link(place.file, place.line)})"
 
     here = (
         (item.ref, item.title, "<br>".join(where(p) for p in found if item.ref in p.refs))
