@@ -1,10 +1,11 @@
-# `make demo` makes a picture, `make test` runs the tests; both set up .venv first.
+# `make demo` makes a picture, `make test` runs the tests, `make docs` builds the site; all set up
+# .venv first.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow clean
+.PHONY: demo test slow docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/sd3min generate "a green circle below a red heart on white" --seed 2 --out demo.png
@@ -14,6 +15,9 @@ test: $(VENV)/tested
 
 slow: $(VENV)/tested
 	$(BIN)/python -m pytest -q -m slow
+
+docs: $(VENV)/tested
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file docs/mkdocs.yml
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -76,7 +76,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Float[Tensor, "b d h w"]) -> Tensor:
-        """Features to features."""
+        """[b, d, h, w] to [b, d, h/2, w/2]."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -88,7 +88,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b d h w"]) -> Tensor:
-        """Features to features."""
+        """[b, d, h, w] to [b, d, 2·h, 2·w]."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -163,7 +163,7 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder, and the normalisation of the latents between them and the flow."""
+    """Encoder and decoder, and the normalisation of the latents between them (App. B.2)."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()

@@ -50,7 +50,7 @@ AnyPaths = AnyPath | Sequence[AnyPath]
 
 
 def read_defaults(path: Path, metadata: Mapping[str, str]) -> Defaults:
-    """The settings that a file's metadata asks for."""
+    """The settings that a file's metadata asks for; refused where it is damaged."""
     try:
         values = json.loads(metadata.get(DEFAULTS, "{}"))
         if not all(type(value) in (int, float) for value in values.values()):
@@ -209,7 +209,7 @@ class Checkpoint:
         return mmdit.context_width
 
     def load_tokenizer(self, name: str) -> PreTrainedTokenizerBase:
-        """An encoder's tokenizer, from its folder of a diffusers checkpoint."""
+        """An encoder's tokenizer, from its folder; refused where it is of another vocabulary."""
         import transformers
 
         place, kind = TOKENIZERS[name]
@@ -259,7 +259,7 @@ def listed(paths: AnyPaths | None) -> list[Path]:
 
 
 def tiny() -> Path:
-    """The shipped sd3-tiny: inside an installed package, or beside it in a checkout."""
+    """The folder of sd3-tiny, installed or beside a checkout's package; refused where it is not."""
     package = Path(__file__).parent
     places = [top / "weights/sd3-tiny/sd3-tiny.safetensors" for top in (package, package.parent)]
     found = [place for place in places if place.is_file()]
@@ -282,7 +282,7 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
 
 def usable_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """float32, float16 or bfloat16, by name or as PyTorch's type."""
+    """float32, float16 or bfloat16, by name or as PyTorch's type; others are refused."""
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if chosen not in DTYPES:
         raise Refusal(f"dtype {dtype} is not one of float32, bfloat16, float16")

@@ -243,7 +243,7 @@ def say(message: object, *_: object) -> None:
 
 
 def run(arguments: Sequence[str] | None) -> int:
-    """Run a command; returns the exit code."""
+    """Run a command; returns the exit code, 2 where the call was refused."""
     parsed = make_parser().parse_args(arguments)
     if "run" not in parsed:
         raise Refusal("no command was given: see sd3min --help")
@@ -255,7 +255,7 @@ def run(arguments: Sequence[str] | None) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
+    """Run a command; returns the exit code, 2 where the call was refused."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)

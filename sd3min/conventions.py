@@ -176,7 +176,7 @@ WITHOUT_T5: tuple[str, ...] = get_args(WithoutT5)
 
 
 def find_conventions(name: str | Conventions) -> Conventions:
-    """The conventions of that name, or those given."""
+    """The conventions of that name, or those given; refused where the name is unknown."""
     if isinstance(name, Conventions):
         return name
     if not isinstance(name, str) or name not in CONVENTIONS:

@@ -121,7 +121,7 @@ def to_folder(opened: Checkpoint, target: Path, shard_size: int | None, progress
 
 
 def lazy(stored: AnyStored) -> Lazy:
-    """A tensor to be written as it is stored, or multiplied by its scale."""
+    """A tensor to be written as stored or times its scale; refused where that would lose."""
     if stored.scale is not None:
         return Lazy(stored.shape, "F32", partial(stored.load, torch.float32, torch.device("cpu")))
     if stored.dtype not in TYPES:
@@ -149,7 +149,7 @@ def is_scaled(part: Part) -> bool:
 
 
 def official_tensors(opened: Checkpoint) -> Tensors:
-    """The tensors of an official file of all parts."""
+    """The tensors of an official file of all parts; refused where it cannot say what they are."""
     tensors = {
         PREFIXES[name] + official: tensor
         for name, part in opened.parts.items()
@@ -240,7 +240,8 @@ def read_record(folder: Path) -> tuple[list[Stored], dict[str, str]]:
 def restored(tensors: Tensors, folder: Path) -> tuple[Tensors, dict[str, str]]:
     """The tensors under the names of the file that a folder was made of, and its metadata.
 
-    A folder whose parts were changed since then keeps the usual names.
+    A folder whose parts were changed since then keeps the usual names. Refused where the record is
+    damaged.
     """
     stored, metadata = read_record(folder)
     kept = {tensor.name: lazy(tensor) for tensor in stored}

@@ -33,7 +33,7 @@ class Density(Times, Protocol):
     """Times that have a density."""
 
     def pdf(self, t: Tensor) -> Tensor:
-        """Density π(t), which integrates to one over [0, 1]."""
+        """Density π(t) of times of any shape, which integrates to one over [0, 1]."""
         ...
 
 

@@ -22,12 +22,14 @@ T = TypeVar("T", float, np.ndarray, Tensor)
 
 
 def interpolate(data: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
-    """z_t = (1 − t)·x0 + t·ε, the straight path (paper §3, "Rectified Flow")."""
+    """z_t = (1 − t)·x0 + t·ε, the straight path (paper §3, "Rectified Flow", Eq. 13)."""
     return (1 - t) * data + t * noise
 
 
 def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
-    """dz_t/dt = ε − x0, what the network learns (paper §2, Eq. 8, on the straight path)."""
+    """dz_t/dt = ε − x0: the velocity of one path (Eq. 5), here straight, and what the network is to
+    give on average over all (paper §2, Eq. 8).
+    """
     return noise - data
 
 
@@ -47,7 +49,8 @@ def official_times(steps: int, shift: float) -> np.ndarray:
 
     The last time is the smallest trained one *after* its shift, and the whole row is then shifted
     once more. This double shift looks like an oversight, but every released picture was made with
-    it: at shift 3 and 28 steps the last step starts from t = 0.0089 and not from 0.0030.
+    it: at shift 3 and 28 steps the last step starts from t = 0.0089 and not from 0.0030. Differs
+    from the paper: there times are shifted once (§5.3.2), as `single_shift_times` has it.
     """
     first, last = shift_times(np.array([1.0, 1 / TRAINED_TIMES], dtype=np.float32), shift)
     return (
@@ -70,6 +73,7 @@ def sigmas(
     """Times of a run in float32, from noise to data: `steps` of them and a last 0.
 
     A sequence in place of a number gives the times themselves, before the shift, as in diffusers.
+    Raises KeyError where the schedule is none of `SCHEDULES`.
     """
     if isinstance(steps, Sequence):
         times = np.array(steps, dtype=np.float32)

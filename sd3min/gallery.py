@@ -30,7 +30,7 @@ PNG_END = b"IEND\xaeB`\x82"  # the last chunk's name and checksum
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a file, none of them blank: the number of a line is that of its picture."""
+    """The lines of a file: the number of a line is that of its picture; refused if one is blank."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -63,7 +63,7 @@ def check_folder(folder: Path) -> None:
 
 
 def share() -> tuple[int, int]:
-    """The number of this process and how many there are, as torchrun and accelerate tell them."""
+    """This process's number and how many there are: RANK and WORLD_SIZE, refused if they err."""
     texts = [os.environ.get(name, value) for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"))]
     if not all(text.isdecimal() for text in texts) or int(texts[0]) >= int(texts[1]):
         mend = "start with torchrun or accelerate launch, or unset both"

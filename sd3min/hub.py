@@ -54,7 +54,7 @@ def is_remote(path: Path) -> bool:
 
 
 def choose(text: str, parts: Sequence[str]) -> Wanted:
-    """The files that hold the parts, of what a name on the hub has."""
+    """The files that hold the parts, of what a name on the hub has; refused where none do."""
     name, _, file = text.partition(":")
     files = listing(name)
     if file and file not in files:
@@ -108,7 +108,7 @@ def outline(path: Path, parts: Sequence[str], folder: Path) -> list[Path]:
 
 
 def write_outline(name: str, file: str, target: Path) -> None:
-    """Write a file of a repository with its header alone, as long as the whole is."""
+    """Write a file's header, as long as the whole file is; refused where the hub does not help."""
     import huggingface_hub
 
     try:
@@ -169,7 +169,7 @@ def opened(place: Path, weights: Sequence[str]) -> list[Path]:
 
 
 def listing(name: str) -> list[str]:
-    """The files of a repository; where the hub cannot be reached, those that are here."""
+    """The files of a repository, out of the hub's reach those here; refused without any."""
     import huggingface_hub  # slow to import, and only for names on the hub
 
     try:
@@ -184,7 +184,7 @@ def listing(name: str) -> list[str]:
 
 
 def download(name: str, files: Sequence[str]) -> Path:
-    """The folder on this machine that holds files of a repository."""
+    """The folder here that holds files of a repository, downloaded; refused where that fails."""
     import huggingface_hub
 
     try:

@@ -63,7 +63,7 @@ def assemble(
     lora: LoRAs | None = None,
     compile: str | None = None,
 ) -> Pipeline:
-    """A pipeline from opened files."""
+    """A pipeline from opened files, by the arguments of `load`; refused where they do not fit."""
     check(opened, t5, memory, mmdit, cache, compile)
     opened = merged(opened, lora, checkpoint.part_names(bool(t5)))
     if t5 == "fp8" and opened.parts["t5"].loras:

@@ -44,7 +44,8 @@ def position_table(
     A patch in row or column i of N stands at (i − (N − s)/2)·`pretrained`/`resolution`, where s is
     the number of patches along `resolution` pixels: the centre of the table covers the positions of
     the pretraining grid, more finely. The first half of the channels encodes the column, the second
-    the row; each half is sines, then cosines.
+    the row; each half is sines, then cosines. Differs from the paper: one square table serves all
+    sizes, where the paper's is as high and as wide as the training pictures are at most.
     """
     side = resolution // (8 * PATCH)
     places = (torch.arange(grid).double() - (grid - side) / 2) * pretrained / resolution
@@ -56,7 +57,7 @@ def position_table(
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalise every token, then scale and shift by the condition ("Mod" in Fig. 2b)."""
+    """Normalise tokens [b, n, d], then scale and shift [b, 1, d] them ("Mod" in Fig. 2b)."""
     return F.layer_norm(tokens, tokens.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
 
 
@@ -83,7 +84,7 @@ class PatchEmbedding(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Two linear layers around a SiLU: the time's sinusoid, or the pooled text, to the width."""
+    """Two linear layers around a SiLU, for the time's sinusoid or the pooled text (Fig. 2a)."""
 
     def __init__(self, inputs: int, width: int):
         super().__init__()
@@ -136,19 +137,22 @@ class Stream(nn.Module):
         self.adaLN_modulation = modulation(width, parts)
 
     def open(self, tokens: Tensor, cond: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        """Queries, keys and values of the modulated tokens, and what `close` will need."""
+        """q, k, v [b, a, n, e] of the modulated tokens [b, n, d], and what `close` will need."""
         shift, scale, *rest = self.adaLN_modulation(cond)[:, None].chunk(self.parts, dim=-1)
         return self.attn(modulate(tokens, shift, scale)), rest
 
     def close(self, tokens: Tensor, attended: Tensor, rest: list[Tensor]) -> Tensor:
-        """The gated residuals of attention and MLP."""
+        """Tokens and what they attended to, [b, n, d] both, through both gated residuals."""
         gate, shift_mlp, scale_mlp, gate_mlp = rest
         tokens = tokens + gate * self.attn.proj(attended)
         return tokens + gate_mlp * self.mlp(modulate(tokens, shift_mlp, scale_mlp))
 
 
 class DualStream(Stream):
-    """SD3.5-medium's image stream: beside the joint attention a second one, of the image alone."""
+    """SD3.5-medium's image stream: beside the joint attention a second one, of the image alone.
+
+    Differs from the paper: its block has the joint attention alone (Fig. 2b).
+    """
 
     def __init__(self, width: int, qk_norm: bool):
         super().__init__(width, qk_norm, parts=9)

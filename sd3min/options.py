@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def text(value: str) -> str:
-    """A prompt, which a terminal may hand over in another encoding than UTF-8."""
+    """A prompt; refused where a terminal hands it over in another encoding than UTF-8."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -31,7 +31,7 @@ def text(value: str) -> str:
 
 
 def whole(value: str) -> int:
-    """A whole number."""
+    """A whole number; refused otherwise."""
     try:
         return int(value)
     except ValueError:
@@ -39,7 +39,7 @@ def whole(value: str) -> int:
 
 
 def number(value: str) -> float:
-    """A number."""
+    """A number; refused otherwise."""
     try:
         return float(value)
     except ValueError:
@@ -47,7 +47,7 @@ def number(value: str) -> float:
 
 
 def size(value: str) -> tuple[int, int]:
-    """Width and height from "WxH"."""
+    """Width and height in pixels from "WxH"; refused otherwise."""
     found = re.fullmatch(r"(\d{1,9})x(\d{1,9})", value)
     if not found:
         raise argparse.ArgumentTypeError(f"{value!r} is not a size such as 1024x768")
@@ -55,7 +55,7 @@ def size(value: str) -> tuple[int, int]:
 
 
 def length(value: str) -> int:
-    """Bytes from "5GB"."""
+    """Bytes from "5GB" or "500MB"; refused otherwise."""
     found = re.fullmatch(r"(\d{1,9})([KMG])B", value.upper())
     if not found or int(found[1]) == 0:
         raise argparse.ArgumentTypeError(f"{value!r} is not a length such as 5GB or 500MB")
@@ -72,7 +72,7 @@ def lora(value: str) -> tuple[Path, float]:
 
 
 def open_image(path: Path, option: str = "--init-image", mode: str | None = "RGB") -> Image.Image:
-    """A picture file, read whole and turned upright, in a mode or in its own."""
+    """A picture file, turned upright, in a mode or in its own; refused where it cannot be read."""
     if not path.exists():
         raise Refusal(f"{option} {path} does not exist: pass the path of a picture")
     try:

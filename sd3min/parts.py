@@ -112,7 +112,7 @@ class Part:
 
     @property
     def config(self) -> Any:
-        """The sizes that the shapes tell."""
+        """The sizes that the shapes tell; `Unfit` where they are of no such network."""
         shapes = self.shapes
         try:
             config = CONFIGS[self.name].from_shapes(shapes)
@@ -227,7 +227,7 @@ def kept_type(name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def fill(module: M, tensors: Mapping[str, Tensor]) -> M:
-    """Give a module that was built on the meta device all its tensors, ready for inference."""
+    """Give a module on the meta device its tensors, for inference; RuntimeError if not all."""
     module.load_state_dict(tensors, strict=True, assign=True)
     for child in module.modules():  # CLIP's row numbers are in no file; from meta it reads garbage
         places = getattr(child, "position_ids", None)

@@ -60,7 +60,7 @@ def to_pictures(images: Float[Tensor, "b 3 H W"], rounding: str = "nearest") -> 
 
 
 def save(image: Image.Image, path: str | Path) -> None:
-    """Write a PNG, with the record of what made it, whole or not at all."""
+    """Write a PNG, with the record of what made it, whole or not at all; refused if it fails."""
     record = PngInfo()
     for key, text in image.info.items():
         if isinstance(key, str) and isinstance(text, str):

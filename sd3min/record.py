@@ -115,7 +115,7 @@ def read_record(path: str | Path) -> Record:
 
 
 def parse(text: Any, path: str | Path) -> Record:
-    """A record from a PNG's text, whatever that is."""
+    """A record from a PNG's text, whatever that is; refused where a value cannot be."""
     try:
         values: Any = json.loads(text)
         wrong = [name for name in NEEDED if name not in values]

@@ -139,7 +139,7 @@ class Settings:
 def pair_prompts(
     prompt: str | Sequence[str], negative: str | Sequence[str], num_images: int
 ) -> tuple[list[str], list[str]]:
-    """The prompt and the negative prompt of every picture."""
+    """The prompt and the negative prompt of every picture; refused where there is none for each."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
     if not prompts:
@@ -156,7 +156,9 @@ def pair_prompts(
 
 
 def picture_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """One seed for each picture: those given, or a row from the one given or a random one on."""
+    """One seed for each picture: those given, or a row from the one given or a random one on;
+    refused where they are not as many, or not from 0 to 2^63 − 1.
+    """
     if seed is None:
         seed = secrets.randbelow(2**31)
     seeds = list(seed) if isinstance(seed, Sequence) else [seed + i for i in range(count)]

@@ -78,7 +78,7 @@ def open_path(path: Path) -> Found:
 
 
 def sources(path: Path) -> list[Source]:
-    """The files at a path, grouped: of a diffusers folder, of a folder of files, or one file."""
+    """The files at a path, grouped: of a diffusers folder, a folder or one; refused if none."""
     if not is_folder(path):
         return [Source(path, [path], FOLDERS.get(path.parent.name, ""))]
     named = [path / name for name in FOLDERS if is_folder(path / name)]
@@ -137,7 +137,7 @@ def shards(index: Path) -> list[Path]:
 
 
 def open_source(source: Source) -> Found:
-    """The parts that one file or a group of shards holds."""
+    """The parts that one file or a group of shards holds; refused where tensors are of none."""
     stored, metadata = {}, {}
     for file in source.files:
         tensors, said = read_header(file)

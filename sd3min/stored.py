@@ -172,7 +172,7 @@ AnyStored = Stored | Joined | Changed
 
 
 def read_header(path: Path) -> tuple[list[Stored], dict[str, str]]:
-    """What a safetensors file says about its tensors, and its metadata; the file stays open."""
+    """A safetensors file's tensors, mapped and not read, and its metadata; refused if damaged."""
     try:
         if not path.exists():
             mend = "pass the path of weights, or a name on the hub such as stabilityai/NAME"

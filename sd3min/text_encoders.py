@@ -81,7 +81,7 @@ def token_ids(
     name: str,
     zero_padding: bool = False,
 ) -> Tensor:
-    """Ids of the prompts, padded or cut to `length`; cuts are one warning that quotes them.
+    """Ids of the prompts [b, length], padded or cut; cuts are one warning that quotes them.
 
     Padding is the tokenizer's, or 0.
     """
@@ -171,8 +171,11 @@ class TextEncoders(nn.Module):
         without_t5: str = "zeros",
         conventions: Conventions = DIFFUSERS,
     ) -> Conditioning:
-        """Context and pooled vector of each prompt.
+        """Context [b, l, c] and pooled vector [b, p] of each prompt, officially 333 rows of 4096
+        and 2048 values.
 
+        Differs from the paper: T5 gives `t5_length` rows, 256 unless asked, as diffusers has it,
+        and not as many as a CLIP, 77 (App. B.2).
         Where T5 was left out, `without_t5` says what stands for its rows: "zeros" or "omit", or
         "paper", as many zeros as CLIP has rows.
         """

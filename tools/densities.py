@@ -1,5 +1,5 @@
-"""Which times to train on: the paper's Table 1 in small. Equal networks see equal batches, and only
-the density of times differs.
+"""Which times to train on: the paper's Table 1 in small (§5.1). Equal networks see equal
+batches, and only the density of times differs.
 
     python tools/densities.py --work FOLDER [--weights FILE] [--out FILE]
 

@@ -43,7 +43,7 @@ def compile_(
 
 
 def mode_options(mode: str | None) -> dict[str, Any] | None:
-    """What a mode of torch.compile sets, with the guide's own settings."""
+    """What a mode of torch.compile sets, with the guide's own settings; refused if unknown."""
     if mode is None:
         return None
     from torch._inductor import list_mode_options  # slow to import

@@ -40,7 +40,7 @@ def add_gated_(tokens: Tokens, gate: Rows, update: Tokens) -> Tokens:
 
 
 def gelu_(hidden: Tensor) -> Tensor:
-    """GELU with tanh, which may use the memory of its input."""
+    """GELU with tanh of […], which may use the memory of its input."""
     if not native.serves(hidden):
         return F.gelu(hidden, approximate="tanh")
     native.call("gelu", hidden, hidden.numel())
@@ -48,7 +48,7 @@ def gelu_(hidden: Tensor) -> Tensor:
 
 
 def activate(x: Float[Tensor, "b d h w"], scale: Tensor, shift: Tensor) -> Tensor:
-    """SiLU of x·scale + shift, of which each channel has its own, rounded once."""
+    """SiLU of x·scale + shift, each [d], rounded once."""
     places = rearrange(x, "b d h w -> b h w d")
     if not native.serves(places):
         return F.silu(places * scale + shift).to(x.dtype).permute(0, 3, 1, 2)
@@ -58,7 +58,9 @@ def activate(x: Float[Tensor, "b d h w"], scale: Tensor, shift: Tensor) -> Tenso
 
 
 def normalise_heads(qkv: Tensor, ln_q: nn.Module, ln_k: nn.Module) -> Tensor:
-    """Norms of each head's queries and keys, where the model has them (§5.3.2, Fig. 5)."""
+    """Queries, keys and values [b, n, 3·d]: norms of each head's queries and keys, where the model
+    has them (§5.3.2, Fig. 5).
+    """
     if not isinstance(ln_q, nn.RMSNorm) or not isinstance(ln_k, nn.RMSNorm):
         return qkv
     if native.serves(qkv):
@@ -111,12 +113,12 @@ def rotation() -> Float[Tensor, "64 64"]:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """The last axis in pieces of 64, each rotated, so that a value that stands out is spread."""
+    """[…, i], i in pieces of 64, each rotated, so that a value that stands out is spread."""
     return (x.unflatten(-1, (-1, 64)) @ rotation().to(x)).flatten(-2)
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Float[Tensor, "... 1"]]:
-    """Rows rotated, as whole numbers from −127 to 127, and what each is to be multiplied by."""
+    """Rows […, i] rotated, as whole numbers of ±127, and what each is to be multiplied by."""
     if native.serves(x):
         whole = torch.empty_like(x, dtype=torch.int8)
         scales = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
@@ -128,7 +130,7 @@ def quantise(x: Tensor) -> tuple[Tensor, Float[Tensor, "... 1"]]:
 
 
 def rescale_(y: Tensor, scales: Float[Tensor, "... 1"], bias: Tensor) -> Tensor:
-    """y·scales + bias, which may use the memory of y."""
+    """y·scales + bias of y […, o] and bias [o], which may use the memory of y."""
     if not native.serves(y):
         return (y * scales + bias).to(bias.dtype)
     native.call("rescale", y, scales, bias, y.shape[:-1].numel(), y.shape[-1])

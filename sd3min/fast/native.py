@@ -66,7 +66,7 @@ def compiled(flags: Sequence[str] = FLAGS) -> Path:
 
 
 def loaded(path: Path) -> ctypes.CDLL:
-    """A library with the types of its functions; torch's OpenMP, which is there, serves it too."""
+    """A library with the types of its functions, served by torch's OpenMP; OSError without AMX."""
     library = ctypes.CDLL(str(path))
     for name, arguments in FUNCTIONS.items():
         getattr(library, name).argtypes = arguments
@@ -96,7 +96,7 @@ def serves(tensor: Tensor) -> bool:
 
 
 def call(name: str, *arguments: Tensor | int | float) -> None:
-    """Call a function, with tensors as pointers to their values."""
+    """Call a function, with tensors as pointers to values; MemoryError where it has no memory."""
     values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     if getattr(library(), name)(*values):
         raise MemoryError(f"there is no memory for {name}")

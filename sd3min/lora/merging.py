@@ -19,7 +19,7 @@ LoRAs = AnyPath | Sequence[AnyPath | tuple[AnyPath, float]]
 
 
 def listed(loras: LoRAs | None) -> list[tuple[Path, float]]:
-    """Paths with their scales, 1 where none is given."""
+    """Paths with their scales, 1 where none is given; refused where a path is there twice."""
     given = [loras] if isinstance(loras, str | Path) else loras or []
     pairs = [(each, 1.0) if isinstance(each, str | Path) else each for each in given]
     found = [(Path(path), float(scale)) for path, scale in pairs]

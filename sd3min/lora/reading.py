@@ -56,7 +56,7 @@ def open_lora(path: str | Path) -> Opened:
 
 
 def settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's settings: in the metadata, or in the file that PEFT writes beside its own."""
+    """PEFT's settings: in the metadata or in the file beside; refused where they are damaged."""
     beside = path.with_name("adapter_config.json")
     try:
         found = json.loads(metadata.get(ADAPTERS, "{}"))

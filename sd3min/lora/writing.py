@@ -42,7 +42,7 @@ Written = tuple[dict[str, Tensor], dict[str, str]]
 def diffusers_tensors(lora: LoRA) -> Written:
     """Tensors by PEFT's names, and the settings without which diffusers takes alpha for the rank.
 
-    A change of q, k and v together is three that share A.
+    A change of q, k and v together is three that share A. Refused where that cannot be said.
     """
     starts, tensors = DIFFUSERS.starts, dict[str, Tensor]()
     alphas: dict[str, dict[str, tuple[int, float]]] = {}
@@ -74,7 +74,8 @@ def diffusers_tensors(lora: LoRA) -> Written:
 
 
 def named_pieces(layer: Layer, low_rank: LowRank) -> list[tuple[str, Tensor, Tensor | None]]:
-    """diffusers' names for the rows of a change, with B and DoRA's lengths of each."""
+    """diffusers' names for the rows of a change, with B and DoRA's lengths of each; refused
+    where it has no names."""
     up, lengths = low_rank.up, low_rank.magnitude
     if layer.convolution:
         raise Refusal(f"{layer.name} is a convolution: save as kohya")

@@ -37,7 +37,7 @@ def silent(
     encode: Any, encoders: TextEncoders, name: str, *args: Any, **kwargs: Any
 ) -> Conditioning:
     """What encoders say, with zeros in the place of one of them."""
-    context, pooled = (part.clone() for part in encode(*args, **kw))
+    context, pooled = (part.clone() for part in encode(*args, **kwargs))
     width, rows = encoders.clip_l.config.hidden_size, encoders.clip_l.config.max_position_embeddings
     both = width + encoders.clip_g.config.hidden_size
     if name == "t5":
@@ -51,7 +51,9 @@ def silent(
 
 @contextmanager
 def without_encoder(pipe: Pipeline, name: str) -> Iterator[None]:
-    """The encoder says nothing: zeros in its place, in rows and pooled vector."""
+    """An encoder, "clip_l", "clip_g" or "t5", says nothing: zeros in its place, in rows and pooled
+    vector (paper §5.3.3, Fig. 9). Refused where there is none of that name.
+    """
     if name not in ENCODERS:
         raise Refusal(f"{name!r} is not one of the encoders {', '.join(ENCODERS)}")
     encoders: Any = pipe.text_encoders
@@ -78,7 +80,7 @@ def without_block(pipe: Pipeline, layer: int) -> Iterator[None]:
 
 @contextmanager
 def without_head(pipe: Pipeline, layer: int, head: int) -> Iterator[None]:
-    """A head of a block's joint attention reads nothing: zeros for its values."""
+    """A head of a block reads nothing: zeros for its values; refused where there is none such."""
     block = find_block(pipe, layer)
     heads = pipe.config.width // HEAD_WIDTH
     if not 0 <= head < heads:
@@ -100,7 +102,7 @@ def without_head(pipe: Pipeline, layer: int, head: int) -> Iterator[None]:
 
 
 def find_block(pipe: Pipeline, layer: int) -> JointBlock:
-    """A joint block by its number."""
+    """A joint block by its number, from 0; refused where there is none."""
     if not 0 <= layer < pipe.config.depth:
         raise Refusal(f"layer {layer} is not one of 0 to {pipe.config.depth - 1}")
     block = pipe.mmdit.joint_blocks[layer]
@@ -109,7 +111,7 @@ def find_block(pipe: Pipeline, layer: int) -> JointBlock:
 
 
 def without_word(prompt: str, word: str) -> str:
-    """The prompt without a word."""
+    """The prompt without a word; refused where it has none such."""
     rest = [each for each in prompt.split() if each.strip(".,;:!?").lower() != word.lower()]
     if len(rest) == len(prompt.split()):
         raise Refusal(f"the prompt {prompt!r} has no word {word!r}")

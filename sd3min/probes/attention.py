@@ -45,7 +45,7 @@ class Attention:
     passes: list[list[Seen]] = field(default_factory=list)
 
     def stacked(self, name: str, *axes: str) -> Named:
-        """One figure of all steps and layers."""
+        """One figure of all steps and layers; refused where nothing was watched."""
         if not self.passes:
             raise Refusal("nothing was drawn while attention was watched")
         layers = [torch.stack([getattr(s, name) for s in seen]) for seen in self.passes]
@@ -69,7 +69,8 @@ class Attention:
     def heat(self, word: str) -> Named:
         """How much each patch of the picture reads a word, [step, layer, picture, head, h, w].
 
-        The shares of the word's rows, CLIP's and T5's, are added up.
+        The shares of the word's rows, CLIP's and T5's, are added up. Refused where the word was
+        not watched.
         """
         if word not in self.words:
             raise Refusal(f"the word {word!r} was not watched: {', '.join(self.words) or 'none'}")
@@ -79,7 +80,9 @@ class Attention:
 
 
 def word_rows(pipe: Pipeline, prompt: str, word: str, t5_length: int) -> list[int]:
-    """The rows of the context in which encoders read a word of a prompt: CLIP's, then T5's."""
+    """The rows of the context in which encoders read a word of a prompt: CLIP's, then T5's; refused
+    where the prompt has no such word.
+    """
     start = prompt.lower().find(word.lower())
     if start < 0 or not word:
         raise Refusal(f"the prompt {prompt!r} has no word {word!r}")

@@ -175,7 +175,7 @@ def page(title: str, subtitle: str, checks: Sequence[Check]) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a page whole or not at all."""
+    """Write a page whole or not at all; refused where it cannot be written."""
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8")

@@ -205,7 +205,9 @@ def trace(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Trace:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """max |a − b| / max |b|; infinite where the shapes differ or only one holds numbers."""
+    """max |a − b| / max |b|, of any shape; infinite where the shapes differ or only one holds
+    numbers.
+    """
     if a.shape != b.shape:
         return float("inf")
     if torch.equal(a, b):

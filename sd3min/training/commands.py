@@ -144,7 +144,7 @@ def add_reports(parser: argparse.ArgumentParser) -> None:
 
 
 def precision(asked: str, cuda: bool) -> str:
-    """The arithmetic's precision as accelerate names it; float16 needs a GPU."""
+    """The precision as accelerate names it, refused if unknown; float16 needs a GPU."""
     if asked not in ("bf16", "fp16", "no"):
         raise Refusal(f"precision {asked} is not one of bf16, fp16, no")
     if asked == "fp16" and not cuda and is_first():

@@ -31,7 +31,7 @@ def velocity_errors(
 def flow_matching_loss(
     velocity: flow.Velocity, data: flow.Latents, noise: flow.Latents, t: Float[Tensor, " b"]
 ) -> Tensor:
-    """Mean of |v(z_t, t) − (ε − x0)|² over pictures and channels (§2, Eq. 8)."""
+    """Mean of |v(z_t, t) − (ε − x0)|² over all values of all pictures, one number (§2, Eq. 8)."""
     return velocity_errors(velocity, data, noise, t).mean()
 
 
@@ -65,7 +65,7 @@ class Objective:
         noise: flow.Latents,
         t: Float[Tensor, " b"],
     ) -> Tensor:
-        """The mean loss of pictures at times that `times` drew."""
+        """The mean loss, one number, of pictures at times that `times` drew."""
         return self.weighted(velocity_errors(velocity, data, noise, t), t).mean()
 
 
@@ -104,7 +104,7 @@ class CountedUp:
 
 
 def scheme_density(scheme: str, mean: float, scale: float, mode_scale: float) -> Density:
-    """The density of u under a weighting scheme of diffusers and kohya."""
+    """The density of u under a scheme of diffusers and kohya; refused if not of `SCHEMES`."""
     if scheme not in SCHEMES:
         raise Refusal(f"weighting scheme {scheme} is not one of {', '.join(SCHEMES)}")
     if scheme == "logit_normal":
@@ -162,10 +162,11 @@ def validation_losses(
     velocity: flow.Velocity, data: flow.Latents, noise: flow.Latents, count: int = VALIDATION_TIMES
 ) -> Float[Tensor, " times"]:
     """Flow-matching loss at equidistant times, the same noise at each; their mean is the paper's
-    validation loss (§5.3), which follows human preference.
+    validation loss (§5.3.3; App. B.3), which follows human preference.
 
-    The times are the middles of `count` equal parts of [0, 1]. The paper does not say how it
-    treats the ends; t = 0 would add the noise's variance, which no network can lower.
+    Differs from the paper: the times are the middles of `count` equal parts of [0, 1], where the
+    paper spaces eight equally and leaves the last, t = 1, out of the mean. At t = 0 there would be
+    the noise's variance, which no network can lower.
     """
     times = (torch.arange(count, device=data.device) + 0.5) / count
     losses = [flow_matching_loss(velocity, data, noise, t.expand(len(data))) for t in times]

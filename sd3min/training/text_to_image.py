@@ -1,6 +1,7 @@
 """The training of an MMDiT and both CLIPs on drawn scenes, together, through the flow loss alone.
 
-T5 has had its lesson (`reading`) and stays as it is, as all three encoders did in the paper.
+Differs from the paper: both CLIPs learn too, where all three encoders stay as they were (App. B.2).
+T5 has had its lesson (`reading`) and does so here as well.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ def initialise(mmdit: MMDiT, encoders: TextEncoders, resolution: int) -> None:
 
 
 class Latents:
-    """Latents of many drawn scenes, encoded once and kept in a file, with the scenes.
+    """Latents of many drawn scenes, encoded once and kept in a file, with the scenes (App. E.1).
 
     They are the posteriors' modes: this autoencoder's posteriors are wide, and a sample's noise
     would only slow the learning.
@@ -101,7 +102,9 @@ def encode(
     Where T5 reads the caption, both CLIPs read it with its relations by chance: CLIP is told what
     there is and T5 how it stands, and the network learns to ask each for its own. Where T5 is left
     out, the CLIPs read the whole. Differs from the paper, where all three read the same (App. B.3):
-    a caption this short is read by any one encoder, and the network would do without T5.
+    a caption this short is read by any one encoder, and the network would do without T5. Differs
+    from the paper, where each is left out of 46.4 % (App. B.3): here of `LEFT_OUT`, and
+    `NO_CAPTION` are empty.
     """
     kept = torch.tensor([[float(rng.random() >= LEFT_OUT) for _ in range(3)] for _ in wanted])
     wordings = ["" if rng.random() < NO_CAPTION else f"{rng.random()}" for _ in wanted]
