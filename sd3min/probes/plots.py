@@ -16,7 +16,7 @@ from sd3min.probes.streams import PARTS
 BROAD = 1.6  # inches of a small picture
 
 
-def row_of(count: int, height: float = BROAD) -> tuple[Figure, Sequence[Any]]:
+def row_of(count: int, height: float = BROAD) -> tuple[Figure, Any]:
     """A figure with small square axes side by side."""
     figure = Figure(figsize=(BROAD * count, height + 0.3), layout="constrained")
     return figure, np.atleast_1d(figure.subplots(1, count))
