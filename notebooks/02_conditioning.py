@@ -19,6 +19,7 @@
 
 # %%
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -162,8 +163,10 @@ assert alone.tobytes() == found["t5"].without.tobytes()
 # ## What T5 adds
 #
 # In the paper, going without T5 hardly changes how pictures look, and costs most where a prompt is
-# long or text is to be written (§5.3.3). sd3-tiny was taught to ask T5 **how things stand** and the
-# CLIPs **what there is**. That can be seen by telling them different stories.
+# long or text is to be written (§5.3.3). The captions of sd3-tiny are short: any one encoder could
+# tell all of them, and the CLIPs do where T5 is left out. Where all are there, sd3-tiny was taught
+# to ask T5 **how things stand** and the CLIPs **what there is**. That can be seen by telling them
+# different stories.
 
 # %%
 opposite = prompt.replace("above", "below")
@@ -206,7 +209,8 @@ for panel, (title, picture) in zip(panels, drawn.items(), strict=True):
     panel.set_title(title)
     panel.set_axis_off()
 plt.show()
-assert drawn["all: above"].tobytes() == found["t5"].whole.tobytes()
+pixels = [np.asarray(each, dtype=int) for each in (drawn["all: above"], found["t5"].whole)]
+assert abs(pixels[0] - pixels[1]).max() <= 2  # the pipeline's own picture, but for rounding
 
 # %% [markdown]
 # ## Exercise 3: whom does the network believe?

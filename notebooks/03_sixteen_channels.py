@@ -121,8 +121,15 @@ plt.show()
 
 # %%
 rng = random.Random(0)
-some = [scenes.random_scene(rng) for _ in range(32)]
-pictures = torch.cat([to_tensor(scenes.draw(scene, rng, side)) for scene in some])
+some = []
+for seed in range(24):
+    one, two = rng.sample(["red", "green", "blue", "yellow", "purple"], 2)
+    shapes = rng.sample(["circle", "square", "triangle", "star", "heart", "cross"], 2)
+    side_by_side = rng.choice(["above", "left of"])
+    ground = rng.choice(["white", "gray", "black"])
+    words = f"a {one} {shapes[0]} {side_by_side} a {two} {shapes[1]} on {ground}"
+    some.append(draw(words, seed))
+pictures = torch.cat(some)
 all_latents = autoencoder.encode(pictures)
 points = all_latents.movedim(1, -1).flatten(0, 2)
 centre = points.mean(dim=0)
@@ -175,8 +182,8 @@ assert best == 8
 # detail? Take a chessboard of single pixels, and a smooth slope of grey, and compare.
 
 # %% jupyter={"source_hidden": true}
-# answer: neither is like a scene, but fine detail is lost altogether, as 12 times fewer numbers
-# must be enough
+# answer: both are lost. A slope is simple to us, but the autoencoder has learnt no slopes; the
+# chessboard has more detail than 12 times fewer numbers can hold, and no training would save it
 place = torch.arange(side)
 board = (1 - 2 * ((place[:, None] + place) % 2)).float().expand(1, 3, side, side)
 slope = torch.linspace(-1, 1, side).expand(1, 3, side, side)
@@ -192,5 +199,5 @@ for column, (name, image) in enumerate(images.items()):
 for panel in panels.flat:
     panel.set_axis_off()
 plt.show()
-assert psnr(found["chessboard"], board) < psnr(found["slope"], slope)
-assert psnr(found["slope"], slope) < psnr(found["scene"], picture)
+known = psnr(found["scene"], picture)
+assert max(psnr(found[name], images[name]) for name in ("slope", "chessboard")) < known - 3

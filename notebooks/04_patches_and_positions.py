@@ -94,10 +94,12 @@ shapes["tall"] = (defaults.width, min(16 * (rows * 3 // 2), 16 * grid))
 
 figure, axes = plt.subplots(figsize=(4, 4), layout="constrained")
 axes.imshow(unit @ unit[grid // 2, grid // 2], cmap="Greys", vmin=0, vmax=2)
-for (name, (across, down)), colour in zip(shapes.items(), ("C0", "C1", "C2"), strict=True):
+styles = (("C0", "--"), ("C1", "-"), ("C2", "-"))
+for (name, (across, down)), (colour, line) in zip(shapes.items(), styles, strict=True):
     w, h = across // 16, down // 16
     corner = (grid - w) // 2 - 0.5, (grid - h) // 2 - 0.5
-    axes.add_patch(plt.Rectangle(corner, w, h, fill=False, edgecolor=colour, lw=2, label=name))
+    look = {"edgecolor": colour, "linestyle": line, "linewidth": 2, "zorder": 3 - (line == "-")}
+    axes.add_patch(plt.Rectangle(corner, w, h, fill=False, label=name, **look))
 axes.legend(loc="upper right")
 axes.set_title(f"the table's {grid} x {grid} places, and three pictures'")
 plt.show()

@@ -76,9 +76,7 @@ n, m, t_n = 64, 576, 0.5
 t_m = flow.shift_times(t_n, (m / n) ** 0.5)
 for t, pixels in ((t_n, n), (t_n, m), (t_m, m)):
     formula = t / (1 - t) / pixels**0.5
-    print(
-        f"t = {t:.2f}, {pixels:3} pixels: off by {uncertainty(t, pixels):.4f}, {formula:.4f} said"
-    )
+    print(f"t = {t:.2f}, {pixels:3} pixels: off by {uncertainty(t, pixels):.4f} ({formula:.4f})")
 assert abs(uncertainty(t_m, m) / uncertainty(t_n, n) - 1) < 0.1
 
 # %% [markdown]
@@ -92,7 +90,7 @@ assert abs(uncertainty(t_m, m) / uncertainty(t_n, n) - 1) < 0.1
 
 # %% jupyter={"source_hidden": true}
 # answer: 1/α undoes α, and α then β is αβ: t/(1 − t) is multiplied by α each time
-t = torch.linspace(0, 0.99, 100)
+t = torch.linspace(0, 0.99, 100).double()
 torch.testing.assert_close(flow.shift_times(flow.shift_times(t, 3.0), 1 / 3), t)
 twice = flow.shift_times(flow.shift_times(t, 3.0), 2.0)
 torch.testing.assert_close(twice, flow.shift_times(t, 6.0))

@@ -30,6 +30,10 @@ prompt = "a green circle above a red heart on white"
 words = ["green", "circle", "above", "red", "heart", "white"]
 picture, seen = attention(pipe, prompt, words, seed=4)
 print(seen.heat("heart"))
+plt.figure(figsize=(2, 2))
+plt.imshow(picture)
+plt.axis("off")
+plt.show()
 
 # %% [markdown]
 # `attention` draws the picture and computes every block's attention a second time beside it,

@@ -39,9 +39,8 @@ with torch.no_grad():
 inputs = (latents, torch.tensor([600.0]), *text)
 
 right = trace(model, *inputs)
-print(
-    len(right.tensors), "tensors, from", *list(right.tensors)[:1], "to", *list(right.tensors)[-1:]
-)
+names = list(right.tensors)
+print(f"{len(names)} tensors, from {names[0]} to {names[-1]}")
 
 # %% [markdown]
 # ## A bug that converters make
@@ -86,7 +85,7 @@ draw({"halves of the final modulation swapped": wrong})
 # %% [markdown]
 # ## Rounding is no bug
 #
-# The same network in half precision differs everywhere, by a little, and in growing measure. So the
+# The same network in half precision differs everywhere, by a little. So the
 # first difference has a tolerance: what float32 runs differ by, unless another is given.
 
 # %%
@@ -174,7 +173,7 @@ torch.testing.assert_close((q, k, v), (k_, q_, v_), rtol=1e-3, atol=1e-4)
 # %% jupyter={"source_hidden": true}
 # answer: between fc1 and fc2 of a text MLP: GELU by its exact formula, and not tanh's approximation
 run = planted(bug_3)
-found = first_difference(right, run)
+found = first_difference(right, run, tolerance=1e-7)
 print(found)
 assert found.name == "joint_blocks.2.context_block.mlp.fc2.in"
 draw({"exact GELU": run, "bfloat16": rounded})

@@ -163,18 +163,20 @@ def overheard(mmdit: MMDiT, record: Attention) -> Iterator[None]:
     current: list[Seen] = []
 
     def sides(module: MMDiT, inputs: tuple[Tensor, ...]) -> None:
-        record.size = tuple(side // PATCH for side in inputs[0].shape[-2:])
+        height, width = inputs[0].shape[-2:]
+        record.size = height // PATCH, width // PATCH
         current.clear()
 
     def finish(module: MMDiT, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         record.passes.append(list(current))
 
-    def listen(block: JointBlock) -> None:
+    def listen(block: Any) -> None:
         heard: dict[str, tuple[Tensor, Tensor]] = {}
 
         def keep(name: str) -> Any:
             def hook(module: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-                heard[name] = output[:2]
+                q, k, _ = output
+                heard[name] = q, k
 
             return hook
 
