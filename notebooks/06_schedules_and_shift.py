@@ -179,7 +179,7 @@ change = {name: np.abs(np.asarray(p) - whole).mean() for name, p in pictures.ite
 figure, panels = plt.subplots(1, 4, figsize=(10, 2.8), layout="constrained")
 for panel, (name, picture) in zip(panels, pictures.items(), strict=True):
     panel.imshow(picture, interpolation="nearest")
-    panel.set_title(f"{name}: {change[name]:.1f} levels off" if change[name] else name, fontsize=9)
+    panel.set_title(f"{name}: {change[name]:.2f} levels off" if change[name] else name, fontsize=9)
     panel.set_axis_off()
 plt.show()
 assert 0 < change["shifted once"] < max(change["shift 1"], change["shift 6"])

@@ -135,7 +135,9 @@ plt.show()
 
 # %% [markdown]
 # One step shows the mean of all pictures that fit, as the first notebook's points did. A few settle
-# what is where; later ones sharpen.
+# what is where; later ones sharpen. Which of the samplers needs fewer? To continue a curve from two
+# of its points helps where they are close. With few steps they are far apart, the last ones above
+# all, and the guess overshoots.
 #
 # ## Exercise 2: the same end?
 #
