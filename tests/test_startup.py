@@ -26,7 +26,7 @@ def slow(modules):
     return {name.split(".")[0] for name in modules} & SLOW
 
 
-@pytest.mark.parametrize("module", ["sd3min", "sd3min.cli", "sd3min.fast.mmdit"])
+@pytest.mark.parametrize("module", ["sd3min", "sd3min.cli", "sd3min.fast.mmdit", "sd3min.probes"])
 def test_an_import_waits_for_nothing_slow(module):
     modules = imported(f"import {module}")
     assert module in modules

@@ -1,7 +1,7 @@
 """What a part does, seen by leaving it out: an encoder, a block, a head of attention, a word."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,10 @@ from torch import Tensor
 from sd3min.config import HEAD_WIDTH, Refusal
 from sd3min.mmdit import JointBlock
 from sd3min.pipeline import Pipeline
-from sd3min.text_encoders import Conditioning, TextEncoders
+from sd3min.probes.attention import spans
+from sd3min.probes.hooks import hooked, plain
+from sd3min.text_encoders import Conditioning
+from sd3min.training.conditioning import Layout, leave_out
 
 ENCODERS = ("clip_l", "clip_g", "t5")
 
@@ -33,31 +36,25 @@ class Ablation:
         return float(np.abs(whole - without).mean())
 
 
-def silent(
-    encode: Any, encoders: TextEncoders, name: str, *args: Any, **kwargs: Any
-) -> Conditioning:
-    """What encoders say, with zeros in the place of one of them."""
-    context, pooled = (part.clone() for part in encode(*args, **kwargs))
-    width, rows = encoders.clip_l.config.hidden_size, encoders.clip_l.config.max_position_embeddings
-    both = width + encoders.clip_g.config.hidden_size
-    if name == "t5":
-        context[:, rows:] = 0
-    else:
-        columns = slice(0, width) if name == "clip_l" else slice(width, both)
-        context[:, :rows, columns] = 0
-        pooled[:, columns] = 0
-    return Conditioning(context, pooled)
+def silent(encode: Any, layout: Layout, kept: Tensor, *args: Any, **kwargs: Any) -> Conditioning:
+    """What encoders say, with zeros in the place of those that are not kept."""
+    said = encode(*args, **kwargs)
+    return leave_out(layout, said, kept.expand(len(said.pooled), -1))
 
 
 @contextmanager
 def without_encoder(pipe: Pipeline, name: str) -> Iterator[None]:
-    """An encoder, "clip_l", "clip_g" or "t5", says nothing: zeros in its place, in rows and pooled
-    vector (paper §5.3.3, Fig. 9). Refused where there is none of that name.
+    """The encoder says nothing: zeros in its place, in rows and pooled vector, as in training with
+    encoders left out (App. B.3).
     """
     if name not in ENCODERS:
         raise Refusal(f"{name!r} is not one of the encoders {', '.join(ENCODERS)}")
-    encoders: Any = pipe.text_encoders
-    encoders.encode = partial(silent, encoders.encode, encoders, name)
+    encoders: Any = plain(pipe)[1]
+    clips = encoders.clip_l.config, encoders.clip_g.config
+    widths = [config.hidden_size for config in clips]
+    layout = Layout(*widths, rows=clips[0].max_position_embeddings)
+    kept = torch.tensor([[float(each != name) for each in ENCODERS]])
+    encoders.encode = partial(silent, encoders.encode, layout, kept)
     try:
         yield
     finally:
@@ -71,16 +68,13 @@ def without_block(pipe: Pipeline, layer: int) -> Iterator[None]:
     def pass_on(block: JointBlock, inputs: tuple[Tensor, ...], output: Any) -> Any:
         return inputs[0], inputs[1]
 
-    handle = find_block(pipe, layer).register_forward_hook(pass_on)
-    try:
+    with hooked([find_block(pipe, layer)], pass_on):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
 def without_head(pipe: Pipeline, layer: int, head: int) -> Iterator[None]:
-    """A head of a block reads nothing: zeros for its values; refused where there is none such."""
+    """A head of a block's joint attention reads nothing: zeros for its values."""
     block = find_block(pipe, layer)
     heads = pipe.config.width // HEAD_WIDTH
     if not 0 <= head < heads:
@@ -92,30 +86,25 @@ def without_head(pipe: Pipeline, layer: int, head: int) -> Iterator[None]:
         v[:, head] = 0
         return q, k, v
 
-    streams = (block.context_block, block.x_block)
-    handles = [stream.attn.register_forward_hook(silence) for stream in streams]
-    try:
+    with hooked([block.context_block.attn, block.x_block.attn], silence):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def find_block(pipe: Pipeline, layer: int) -> JointBlock:
-    """A joint block by its number, from 0; refused where there is none."""
-    if not 0 <= layer < pipe.config.depth:
-        raise Refusal(f"layer {layer} is not one of 0 to {pipe.config.depth - 1}")
-    block = pipe.mmdit.joint_blocks[layer]
+    """A joint block by its number."""
+    blocks = plain(pipe)[0].joint_blocks
+    if not 0 <= layer < len(blocks):
+        raise Refusal(f"layer {layer} is not one of 0 to {len(blocks) - 1}")
+    block = blocks[layer]
     assert isinstance(block, JointBlock)
     return block
 
 
 def without_word(prompt: str, word: str) -> str:
-    """The prompt without a word; refused where it has none such."""
-    rest = [each for each in prompt.split() if each.strip(".,;:!?").lower() != word.lower()]
-    if len(rest) == len(prompt.split()):
-        raise Refusal(f"the prompt {prompt!r} has no word {word!r}")
-    return " ".join(rest)
+    """The prompt without a word, wherever it stands, or without several in a row."""
+    for start, end in reversed(spans(prompt, word)):
+        prompt = prompt[:start] + prompt[end:]
+    return " ".join(prompt.split())
 
 
 @torch.no_grad()
@@ -136,16 +125,15 @@ def ablate(
     parts = {"encoder": encoder, "block": block, "head": head, "word": word}
     if sum(part is not None for part in parts.values()) != 1:
         raise Refusal(f"name one part to leave out: {', '.join(parts)}")
-    (whole,) = pipe(prompt, seed=seed, progress=False, **settings)
-    if word is not None:
-        (without,) = pipe(without_word(prompt, word), seed=seed, progress=False, **settings)
-        return Ablation(whole, without)
+    left_out: AbstractContextManager[None] = nullcontext()
     if encoder is not None:
         left_out = without_encoder(pipe, encoder)
-    elif block is not None:
+    if block is not None:
         left_out = without_block(pipe, block)
-    else:
+    if head is not None:
         left_out = without_head(pipe, *head)
+    rest = prompt if word is None else without_word(prompt, word)
     with left_out:
-        (without,) = pipe(prompt, seed=seed, progress=False, **settings)
+        without, *_ = pipe(rest, seed=seed, progress=False, **settings)
+    whole, *_ = pipe(prompt, seed=seed, progress=False, **settings)
     return Ablation(whole, without)

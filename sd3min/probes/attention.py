@@ -6,19 +6,26 @@ beside the network's own, a few rows at a time: the output of the network stays 
 bit, and no map of all tokens to all tokens is kept.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
+from sd3min import flow
 from sd3min.config import HEAD_WIDTH, PATCH, Refusal
+from sd3min.conventions import DIFFUSERS, Conventions
 from sd3min.mmdit import JointBlock, MMDiT
 from sd3min.pipeline import Pipeline
+from sd3min.probes.hooks import plain
 from sd3min.probes.named import Named
+from sd3min.settings import check_call
 
 QUADRANTS = ("text to text", "text to image", "image to text", "image to image")
 ROWS = 512  # of queries at a time
@@ -45,7 +52,7 @@ class Attention:
     passes: list[list[Seen]] = field(default_factory=list)
 
     def stacked(self, name: str, *axes: str) -> Named:
-        """One figure of all steps and layers; refused where nothing was watched."""
+        """One figure of all steps and layers."""
         if not self.passes:
             raise Refusal("nothing was drawn while attention was watched")
         layers = [torch.stack([getattr(s, name) for s in seen]) for seen in self.passes]
@@ -69,8 +76,7 @@ class Attention:
     def heat(self, word: str) -> Named:
         """How much each patch of the picture reads a word, [step, layer, picture, head, h, w].
 
-        The shares of the word's rows, CLIP's and T5's, are added up. Refused where the word was
-        not watched.
+        The shares of the word's rows, CLIP's and T5's, are added up.
         """
         if word not in self.words:
             raise Refusal(f"the word {word!r} was not watched: {', '.join(self.words) or 'none'}")
@@ -79,26 +85,50 @@ class Attention:
         return Named(whole, ("step", "layer", "picture", "head", "row", "column"))
 
 
-def word_rows(pipe: Pipeline, prompt: str, word: str, t5_length: int) -> list[int]:
-    """The rows of the context in which encoders read a word of a prompt: CLIP's, then T5's; refused
-    where the prompt has no such word.
+def spans(prompt: str, word: str) -> list[tuple[int, int]]:
+    """Where a word, or several in a row, stand in a prompt, in capitals or not; Refusal where
+    they do not.
     """
-    start = prompt.lower().find(word.lower())
-    if start < 0 or not word:
+    before, after = (r"\b" if re.match(r"\w", end) else "" for end in (word[:1], word[-1:]))
+    pattern = f"{before}{re.escape(word)}{after}"
+    found = [each.span() for each in re.finditer(pattern, prompt, re.IGNORECASE)]
+    if not found or not word.strip():
         raise Refusal(f"the prompt {prompt!r} has no word {word!r}")
-    end, encoders = start + len(word), pipe.text_encoders
+    return found
+
+
+def word_rows(
+    pipe: Pipeline,
+    prompt: str,
+    word: str,
+    t5_length: int | None = None,
+    conventions: Conventions = DIFFUSERS,
+) -> list[int]:
+    """The rows of the context in which encoders read a word of a prompt: CLIP's, then T5's.
+
+    A word that comes twice has the rows of both; name more words in a row for one of them. Raises
+    Refusal where the prompt lacks it or every encoder cuts it off.
+    """
+    places, (_, encoders) = spans(prompt, word), plain(pipe)
     clip_length = encoders.clip_l.config.max_position_embeddings
-    found: set[int] = set()
-    places = [(0, 0, clip_length), (1, 0, clip_length)]
+    own = conventions.clip_g_exclamation == "padding"
+    reads = [(0, 0, clip_length), (1 if own else 0, 0, clip_length)]
     if encoders.has_t5:
-        places.append((2, clip_length, t5_length))
-    for index, first, length in places:
-        offsets = encoders.tokenizers[index](prompt, return_offsets_mapping=True)["offset_mapping"]
+        reads.append((2, clip_length, t5_length or encoders.t5_length))
+    found: set[int] = set()
+    for index, first, length in reads:
+        shown = prompt[: conventions.t5_characters] if index == 2 else prompt
+        tokens = encoders.tokenizers[index](shown, return_offsets_mapping=True, verbose=False)
+        offsets = tokens["offset_mapping"]
+        if len(offsets) > length and not (index == 2 and conventions.t5_grows):
+            offsets = offsets[: length - 1]  # the last place belongs to the end of the text
         found |= {
             first + i
-            for i, (a, b) in enumerate(offsets[:length])
-            if a < end and b > start and a < b
+            for i, (a, b) in enumerate(offsets)
+            if any(a < end and b > start and a < b for start, end in places)
         }
+    if not found:
+        raise Refusal(f"the word {word!r} is cut off from {prompt!r}: shorten the prompt")
     return sorted(found)
 
 
@@ -117,8 +147,8 @@ def looked(q: Tensor, k: Tensor, texts: int, words: Sequence[Sequence[int]]) -> 
             to_text = shares[..., :texts].sum(dim=(2, 3)).cpu()
             to_image = shares[..., texts:].sum(dim=(2, 3)).cpu()
             sums[:, :, side] += torch.stack([to_text, to_image], dim=-1) / queries.shape[2]
-            bits = torch.special.entr(shares).sum(dim=(2, 3)).cpu()
-            entropy[:, :, side] += bits / queries.shape[2]
+            nats = torch.special.entr(shares).sum(dim=(2, 3)).cpu()
+            entropy[:, :, side] += nats / queries.shape[2]
             if side == 1:
                 columns = [shares[..., list(rows_)].sum(dim=-1) for rows_ in words]
                 shape = (*shares.shape[:2], 0, shares.shape[2])
@@ -133,18 +163,20 @@ def overheard(mmdit: MMDiT, record: Attention) -> Iterator[None]:
     current: list[Seen] = []
 
     def sides(module: MMDiT, inputs: tuple[Tensor, ...]) -> None:
-        record.size = tuple(side // PATCH for side in inputs[0].shape[-2:])
+        height, width = inputs[0].shape[-2:]
+        record.size = height // PATCH, width // PATCH
         current.clear()
 
     def finish(module: MMDiT, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         record.passes.append(list(current))
 
-    def listen(block: JointBlock) -> None:
+    def listen(block: Any) -> None:
         heard: dict[str, tuple[Tensor, Tensor]] = {}
 
         def keep(name: str) -> Any:
             def hook(module: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-                heard[name] = output[:2]
+                q, k, _ = output
+                heard[name] = q, k
 
             return hook
 
@@ -172,21 +204,25 @@ def overheard(mmdit: MMDiT, record: Attention) -> Iterator[None]:
 
 @torch.no_grad()
 def attention(
-    pipe: Pipeline, prompt: str, words: Sequence[str] = (), seed: int = 0, **settings: Any
-) -> tuple[Any, Attention]:
+    pipe: Pipeline,
+    prompt: str,
+    words: Sequence[str] = (),
+    seed: int = 0,
+    on_step: Callable[[flow.Step], None] | None = None,
+    **settings: Any,
+) -> tuple[Image.Image, Attention]:
     """A picture of a prompt, and what the joint attention did while it was drawn.
 
     `words` of the prompt are those whose heat over the picture is kept. Settings are those of a
-    call. Raises Refusal where the prompt lacks a word, and for pipelines under a plan of memory,
-    whose networks are other modules.
+    call; of several pictures the first is returned, and all are watched. Raises Refusal where the
+    prompt lacks a word, and for pipelines under a plan of memory, whose networks are other modules.
     """
-    if not isinstance(getattr(pipe, "mmdit", None), MMDiT):
-        raise Refusal("probes watch the plain network: load the model without memory=")
-    length = settings.get("t5_length") or pipe.defaults.t5_length
-    rows = [word_rows(pipe, prompt, word, length) for word in words]
-    scale = settings.get("guidance_scale")
-    scale = pipe.defaults.guidance_scale if scale is None else scale
-    record = Attention(tuple(words), rows, guided=scale > 1)
-    with overheard(pipe.mmdit, record):
-        (image,) = pipe(prompt, seed=seed, progress=False, **settings)
+    mmdit, _ = plain(pipe)
+    settings["seed"] = seed
+    chosen = check_call(pipe.config, pipe.defaults, prompt, **settings).settings
+    read = partial(word_rows, pipe, prompt, t5_length=chosen.t5_length)
+    rows = [read(word, conventions=chosen.conventions) for word in words]
+    record = Attention(tuple(words), rows, guided=chosen.guidance_scale > 1)
+    with overheard(mmdit, record):
+        image, *_ = pipe(prompt, progress=False, on_step=on_step, **settings)
     return image, record

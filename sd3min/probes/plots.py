@@ -16,7 +16,7 @@ from sd3min.probes.streams import PARTS
 BROAD = 1.6  # inches of a small picture
 
 
-def row_of(count: int, height: float = BROAD) -> tuple[Figure, Sequence[Any]]:
+def row_of(count: int, height: float = BROAD) -> tuple[Figure, Any]:
     """A figure with small square axes side by side."""
     figure = Figure(figsize=(BROAD * count, height + 0.3), layout="constrained")
     return figure, np.atleast_1d(figure.subplots(1, count))
@@ -60,10 +60,12 @@ def quadrants(seen: Attention) -> Figure:
     """Shares of attention by layer and step, for each pair of streams."""
     means = seen.quadrants.mean("picture", "head").values
     figure = Figure(figsize=(9, 2.6), layout="constrained")
+    drawn = []
     for i, (axes, name) in enumerate(zip(figure.subplots(1, 4), QUADRANTS, strict=True)):
-        shown = axes.imshow(means[..., i].T, aspect="auto", vmin=0, vmax=1, cmap="viridis")
-        axes.set(title=name, xlabel="step", ylabel="layer" if i == 0 else "")
-    figure.colorbar(shown, ax=figure.axes, label="share of attention")
+        drawn.append(axes.imshow(means[..., i].T, aspect="auto", vmin=0, vmax=1, cmap="viridis"))
+        axes.set(title=name, xlabel="step", ylabel="" if i else "layer")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(drawn[0], ax=figure.axes, label="share of attention")
     return figure
 
 

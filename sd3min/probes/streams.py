@@ -1,32 +1,20 @@
 """What happens to the tokens of both streams on their way through the blocks (paper §4, Fig. 2b):
 how they are modulated at each time, how large they grow, and how alike they become."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sd3min import flow
 from sd3min.config import Refusal
 from sd3min.mmdit import JointBlock, MMDiT, sinusoid
+from sd3min.probes.hooks import hooked
 from sd3min.probes.named import Named
 from sd3min.text_encoders import Conditioning
 
 PARTS = ("shift", "scale", "gate", "MLP's shift", "MLP's scale", "MLP's gate")
 STREAMS = {"context": "context_block", "image": "x_block"}
-
-
-@contextmanager
-def hooked(modules: list[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
-    """A hook on modules' outputs for a while."""
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -61,7 +49,7 @@ def tokens(mmdit: MMDiT, latents: Tensor, t: float, conditioning: Conditioning) 
             kept[name].append(tokens.float().cpu())
 
     times = torch.full((len(latents),), flow.TRAINED_TIMES * t, device=latents.device)
-    with hooked(list(mmdit.joint_blocks), hook):
+    with hooked(mmdit.joint_blocks, hook):
         mmdit(latents, times.to(latents.dtype), *conditioning)
     axes = ("layer", "picture", "token", "channel")
     return {name: Named(torch.stack(layers), axes) for name, layers in kept.items()}

@@ -11,9 +11,10 @@
 # ---
 
 # %% [markdown]
-# # One joint block, term by term
+# # 5. One joint block, term by term
 #
-# The network of Stable Diffusion 3 is a stack of joint blocks (paper §4, Fig. 2b). In a block the
+# The network of Stable Diffusion 3 is a stack of joint blocks (Esser et al. 2024, §4,
+# Fig. 2b). In a block the
 # text's tokens and the picture's tokens are transformed by **weights of their own**, and meet in
 # one place: an attention over both together.
 #
@@ -225,3 +226,45 @@ for name, ours, theirs in (
 torch.testing.assert_close(
     (by_hand["text"], by_hand["image"]), (for_text, for_image), rtol=0, atol=1e-10
 )
+
+# %% [markdown]
+# ## Exercise 1: does the order matter?
+#
+# Put the image's tokens before the text's in the attention, and work out its answers again. Which
+# of them change?
+
+# %% jupyter={"source_hidden": true}
+# answer: none. A softmax is a sum over all tokens, in whatever order
+q_, k_, v_ = (
+    torch.cat(pair, dim=1) for pair in ((q_image, q_text), (k_image, k_text), (v_image, v_text))
+)
+swapped = torch.softmax(q_ @ k_.transpose(1, 2) / math.sqrt(64), dim=-1) @ v_
+swapped = torch.cat([swapped[:, -length:], swapped[:, :-length]], dim=1)
+torch.testing.assert_close(rearrange(swapped, "head n e -> 1 n (head e)"), attended)
+
+# %% [markdown]
+# ## Exercise 2: two transformers
+#
+# Forbid all attention between text and image, by logits of $-\infty$ in two quadrants. What does
+# the image then know of the prompt? Show that its tokens no longer depend on the text's.
+
+# %% jupyter={"source_hidden": true}
+# answer: only what the condition says through shift, scale and gate: the block falls apart into two
+# transformers, and other rows of text change nothing for the image
+crossing = torch.zeros_like(matrix)
+crossing[:length, length:] = crossing[length:, :length] = -math.inf
+
+
+def image_answers(k_text, v_text, mask):
+    """What the image's tokens get to hear."""
+    k, v = torch.cat([k_text, k_image], dim=1), torch.cat([v_text, v_image], dim=1)
+    logits = q @ k.transpose(1, 2) / math.sqrt(64) + mask
+    return (torch.softmax(logits, dim=-1) @ v)[:, length:]
+
+
+others = torch.randn_like(k_text), torch.randn_like(v_text)
+apart = image_answers(k_text, v_text, crossing)
+torch.testing.assert_close(image_answers(*others, crossing), apart)
+alone = torch.nn.functional.scaled_dot_product_attention(q_image, k_image, v_image)
+torch.testing.assert_close(apart, alone)
+assert not torch.allclose(image_answers(*others, 0), image_answers(k_text, v_text, 0))

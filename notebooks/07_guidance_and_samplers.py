@@ -1,0 +1,177 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 7. Guidance, steps and samplers
+#
+# How many steps does a picture need, does a cleverer sampler need fewer, and how strongly should
+# the prompt be followed? On sd3-tiny these can be measured: a detector says whether a picture shows
+# what was asked for.
+
+# %%
+import matplotlib.pyplot as plt
+import torch
+
+import sd3min
+from sd3min import flow
+from sd3min.training import captions
+from sd3min.training.detector import judge
+
+pipe = sd3min.load()  # sd3-tiny
+prompts = [
+    "a red circle above a blue square on white",
+    "a green heart left of a yellow cross on gray",
+    "a purple star below a red triangle on white",
+    "a blue cross right of a green circle on black",
+    "a yellow square above a purple heart on gray",
+    "a red star left of a blue triangle on white",
+    "a green square below a red heart on black",
+    "a purple circle right of a yellow star on gray",
+]
+
+
+def accuracy(pictures):
+    """Share of pictures that show what their prompts ask for."""
+    pairs = zip(pictures, prompts, strict=True)
+    return sum(judge(picture, captions.parse(words)).right for picture, words in pairs) / len(
+        prompts
+    )
+
+
+def draw(**settings):
+    """A picture of every prompt, from the same noise under all settings."""
+    return pipe(prompts, seed=list(range(len(prompts))), progress=False, **settings)
+
+
+# %% [markdown]
+# ## Guidance
+#
+# The network is asked twice in every step, for the prompt ($v_+$) and for an empty prompt ($v_-$),
+# and what the prompt adds is exaggerated (Ho and Salimans 2022):
+#
+# $$v = v_- + s\,(v_+ - v_-)$$
+#
+# At $s = 1$ this is $v_+$ alone, and the network needs to be asked once. Larger $s$ holds pictures
+# to the prompt, and beyond some point drives them out of what pictures are.
+
+# %%
+scales = (1.0, pipe.defaults.guidance_scale, 4.0, 8.0, 16.0)
+steps = min(pipe.defaults.steps, 12)
+guided = {scale: draw(guidance_scale=scale, steps=steps) for scale in scales}
+
+figure, panels = plt.subplots(2, len(scales), figsize=(9, 4.2), layout="constrained")
+for column, (scale, pictures) in enumerate(guided.items()):
+    for row in range(2):
+        panels[row, column].imshow(pictures[row], interpolation="nearest")
+        panels[row, column].set_axis_off()
+    panels[0, column].set_title(f"s = {scale:g}: {accuracy(pictures):.0%}")
+figure.suptitle(f"right among {len(prompts)} prompts, of which two are shown")
+plt.show()
+
+# %% [markdown]
+# ## Exercise 1: guidance by hand
+#
+# Write $v$ from two calls of `pipe.mmdit`, and compare it with `flow.guide`, which makes one call
+# of a doubled batch. What comes out at $s = 0$?
+
+# %% jupyter={"source_hidden": true}
+# answer: the two calls agree with the doubled one, and s = 0 is the empty prompt's own velocity
+generator = torch.Generator().manual_seed(0)
+h, w = pipe.defaults.height // 8, pipe.defaults.width // 8
+z, t = torch.randn(1, 16, h, w, generator=generator), torch.tensor(0.6)
+with torch.no_grad():
+    empty, text = pipe.encode_prompt([""]), pipe.encode_prompt(prompts[:1])
+    doubled = [torch.cat(pair) for pair in zip(empty, text, strict=True)]
+    negative, positive = (pipe.mmdit(z, 1000 * t[None], *said) for said in (empty, text))
+
+    def both(z, t):
+        """The velocities of both prompts."""
+        return pipe.mmdit(z, 1000 * t.expand(len(z)), *doubled)
+
+    by_hand = negative + 4 * (positive - negative)
+    torch.testing.assert_close(flow.guide(both, 4.0)(z, t), by_hand, rtol=1e-3, atol=1e-4)
+torch.testing.assert_close(negative + 0 * (positive - negative), negative)
+
+# %% [markdown]
+# ## Steps and samplers
+#
+# Euler's method follows the tangent (Esser et al. 2024, §2, Eq. 1). DPM-Solver++(2M), which the
+# code of Stable Diffusion 3.5 uses, remembers the step before and leans into the curve (Lu et al.
+# 2022). Both ask the network once a step, or twice under guidance, so cost is counted in these
+# questions.
+
+# %%
+counts = (1, 2, 3, 4, 6, 10)
+found = {
+    sampler: {count: draw(sampler=sampler, steps=count) for count in counts}
+    for sampler in flow.SAMPLERS
+}
+cost = 1 + (pipe.defaults.guidance_scale > 1)
+
+figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+for sampler, by_count in found.items():
+    right = [accuracy(pictures) for pictures in by_count.values()]
+    axes.plot([cost * count for count in counts], right, marker="o", label=sampler, alpha=0.8)
+axes.set(xlabel="calls of the network", ylabel=f"right of {len(prompts)}", ylim=(-0.05, 1.05))
+axes.legend(frameon=False)
+plt.show()
+
+figure, panels = plt.subplots(2, len(counts), figsize=(9, 3.4), layout="constrained")
+for row, (sampler, by_count) in zip(panels, found.items(), strict=True):
+    for panel, (count, pictures) in zip(row, by_count.items(), strict=True):
+        panel.imshow(pictures[0], interpolation="nearest")
+        panel.set_title(f"{sampler}, {count}", fontsize=9)
+        panel.set_axis_off()
+plt.show()
+
+# %% [markdown]
+# One step shows the mean of all pictures that fit, as the first notebook's points did. A few settle
+# what is where; later ones sharpen. Which of the samplers needs fewer? To continue a curve from two
+# of its points helps where they are close. With few steps they are far apart, the last ones above
+# all, and the guess overshoots.
+#
+# ## Exercise 2: the same end?
+#
+# With more and more steps both samplers should reach the same picture, as both solve the same
+# equation. How far apart are their latents at 4, 8 and 16 steps? Use `on_step` to get at them.
+
+
+# %% jupyter={"source_hidden": true}
+# answer: they come together, twice as near or better with twice the steps
+def last_latents(**settings):
+    """Latents after the last step."""
+    kept = []
+    pipe(prompts[:2], seed=0, progress=False, on_step=kept.append, **settings)
+    return kept[-1].next_latents
+
+
+apart = {}
+for count in (4, 8, 16):
+    euler, other = (last_latents(steps=count, sampler=sampler) for sampler in flow.SAMPLERS)
+    apart[count] = (euler - other).square().mean().sqrt().item()
+    print(f"{count:2} steps: {apart[count]:.3f} apart")
+assert apart[16] < apart[8] < apart[4]
+
+# %% [markdown]
+# ## Exercise 3: a straight way needs one step
+#
+# If the velocity did not depend on the time and the place, how many steps would Euler need? Give
+# `flow.sample` such a velocity, and check both samplers.
+
+# %% jupyter={"source_hidden": true}
+# answer: one, and any number gives the same
+data, noise = torch.zeros(1, 16, 4, 4) + 0.5, torch.randn(1, 16, 4, 4, generator=generator)
+for sampler in flow.SAMPLERS:
+    for count in (1, 5):
+        end = flow.sample(lambda z, t: noise - data, noise, flow.sigmas(count), sampler)
+        torch.testing.assert_close(end, data, rtol=0, atol=1e-5)
+assert accuracy(found["euler"][10]) > accuracy(found["euler"][1])
