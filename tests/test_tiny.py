@@ -31,7 +31,9 @@ def read_whole(pipe, scene):
     """Whether the encoders know all words of a scene's caption, and have room for them."""
     words = captions.caption(scene).split()
     known = pipe.text_encoders.tokenizers[0].get_vocab()
-    return len(words) + 2 <= pipe.text_encoders.t5_length and all(f"{w}</w>" in known for w in words)
+    return len(words) + 2 <= pipe.text_encoders.t5_length and all(
+        f"{w}</w>" in known for w in words
+    )
 
 
 def prompts(pipe, kind, count):
