@@ -118,10 +118,7 @@ def main() -> None:
         "without it, without the LoRA": right(render(plain, others, noun), others),
     }
     arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
-    learnt = [
-        pipeline.resized(scenes.draw(instance(noun, i), random.Random(i)), "RGB", None)
-        for i in range(5)
-    ]
+    learnt = [scenes.draw(instance(noun, i), random.Random(i)) for i in range(5)]
     grid([*learnt, *pictures[:10]], columns=5).save(arguments.out.with_suffix(".png"))
     print(json.dumps(figures, indent=2))
 

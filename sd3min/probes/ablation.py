@@ -45,7 +45,7 @@ def silent(encode: Any, layout: Layout, kept: Tensor, *args: Any, **kwargs: Any)
 @contextmanager
 def without_encoder(pipe: Pipeline, name: str) -> Iterator[None]:
     """The encoder says nothing: zeros in its place, in rows and pooled vector, as in training with
-    encoders left out (App. B.3).
+    encoders left out (App. B.3), and for T5 in Fig. 9 (§5.3.3).
     """
     if name not in ENCODERS:
         raise Refusal(f"{name!r} is not one of the encoders {', '.join(ENCODERS)}")

@@ -156,45 +156,52 @@ def looked(q: Tensor, k: Tensor, texts: int, words: Sequence[Sequence[int]]) -> 
     return Seen(sums.flatten(2), entropy, largest, torch.cat(heat, dim=-1))
 
 
+def listen(block: Any, tell: Callable[[Tensor, Tensor, int], None]) -> list[Any]:
+    """Hooks on a joint block that tell its queries and keys, both [b a n e], and how many of them
+    are the text's."""
+    heard: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+            q, k, _ = output
+            heard[name] = q, k
+
+        return hook
+
+    def after(module: JointBlock, inputs: Any, output: Any) -> None:
+        q, k = (
+            torch.cat(both, dim=2) for both in zip(heard["context"], heard["image"], strict=True)
+        )
+        tell(q, k, heard["context"][0].shape[2])
+        heard.clear()
+
+    return [
+        block.context_block.attn.register_forward_hook(keep("context")),
+        block.x_block.attn.register_forward_hook(keep("image")),
+        block.register_forward_hook(after),
+    ]
+
+
 @contextmanager
 def overheard(mmdit: MMDiT, record: Attention) -> Iterator[None]:
-    """Listen to every block's queries and keys."""
-    hooks: list[Any] = []
+    """Listen to every block's queries and keys; of a guided run, to the prompt's half."""
     current: list[Seen] = []
 
-    def sides(module: MMDiT, inputs: tuple[Tensor, ...]) -> None:
+    def begin(module: MMDiT, inputs: tuple[Tensor, ...]) -> None:
         height, width = inputs[0].shape[-2:]
         record.size = height // PATCH, width // PATCH
         current.clear()
 
+    def tell(q: Tensor, k: Tensor, texts: int) -> None:
+        if record.guided:
+            q, k = (each.chunk(2)[1] for each in (q, k))
+        current.append(looked(q, k, texts, record.rows))
+
     def finish(module: MMDiT, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         record.passes.append(list(current))
 
-    def listen(block: Any) -> None:
-        heard: dict[str, tuple[Tensor, Tensor]] = {}
-
-        def keep(name: str) -> Any:
-            def hook(module: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-                q, k, _ = output
-                heard[name] = q, k
-
-            return hook
-
-        def after(module: JointBlock, inputs: Any, output: Any) -> None:
-            pairs = zip(heard["context"], heard["image"], strict=True)
-            q, k = (torch.cat(both, dim=2) for both in pairs)
-            if record.guided:
-                q, k = (each.chunk(2)[1] for each in (q, k))
-            current.append(looked(q, k, heard["context"][0].shape[2], record.rows))
-            heard.clear()
-
-        hooks.append(block.context_block.attn.register_forward_hook(keep("context")))
-        hooks.append(block.x_block.attn.register_forward_hook(keep("image")))
-        hooks.append(block.register_forward_hook(after))
-
-    for block in mmdit.joint_blocks:
-        listen(block)
-    hooks += [mmdit.register_forward_pre_hook(sides), mmdit.register_forward_hook(finish)]
+    hooks = [hook for block in mmdit.joint_blocks for hook in listen(block, tell)]
+    hooks += [mmdit.register_forward_pre_hook(begin), mmdit.register_forward_hook(finish)]
     try:
         yield
     finally:

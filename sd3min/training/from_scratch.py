@@ -74,8 +74,9 @@ def train_flow(plan: Plan, work: Path, autoencoder: Autoencoder) -> tuple[MMDiT,
     text_to_image.initialise(mmdit, encoders, plan.defaults.width)
 
     recipe = plan.recipes["reading"]
-    fit(reading.Reading(encoders, recipe.batch).eval(), recipe, work / "reading")
-    encoders.t5.requires_grad_(False)
+    lesson = reading.Reading(encoders, recipe.batch).eval()
+    fit(lesson, recipe, work / "reading")
+    lesson.requires_grad_(False)  # T5 stays as it is
 
     recipe = plan.recipes["flow"]
     latents = text_to_image.Latents(autoencoder, plan.pictures, work / "latents.pt")

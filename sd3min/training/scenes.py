@@ -178,21 +178,21 @@ def place(scene: Scene, rng: random.Random) -> list[Box]:
     middle = LAYOUT_SIZE / 2
     if not scene.others:
         return [(_near(middle, 6, rng), _near(middle, 6, rng), rng.uniform(60, 70))]
-    x = y = None
+    across = down = None
     for relation, _ in scene.others:
         apart = rng.uniform(28, 31) * (-1 if relation in ("above", "left of") else 1)
         if relation in VERTICAL:
-            y = apart
+            down = apart
         else:
-            x = apart
-    first = [middle + (x or rng.uniform(-5, 5)), middle + (y or rng.uniform(-5, 5))]
+            across = apart
+    first = [middle + (across or rng.uniform(-5, 5)), middle + (down or rng.uniform(-5, 5))]
     centres = [first]
     for relation, _ in scene.others:
         axis = int(relation in VERTICAL)
         centre = [_near(first[0], 3, rng), _near(first[1], 3, rng)]
         centre[axis] = 2 * middle - first[axis]
         centres.append(centre)
-    return [(*centre, rng.uniform(43, 49)) for centre in centres]
+    return [(x, y, rng.uniform(43, 49)) for x, y in centres]
 
 
 def draw(scene: Scene, rng: random.Random, size: int = LAYOUT_SIZE) -> Image.Image:
