@@ -167,7 +167,7 @@ class FineTuning(Task):
 def validate(task: FineTuning, material: Material, batch: int) -> dict[str, float]:
     """The paper's validation loss of pictures, and its part at each time (§5.3.3).
 
-    It is of the posteriors' modes, each picture with its own noise, the same at every time and call.
+    It is of the posteriors' modes, each picture with its own noise, the same at each time and call.
     """
     device, losses = task.mmdit.pos_embed.device, []
     for bucket in material.encoded:
