@@ -46,10 +46,10 @@ LAYERS = (  # a module imports only from those above it
     "loading",
     "training",
     "probes",
-    "explorer",
     "options",
     "gallery",
     "generate",
+    "explorer",
     "cli",
 )
 PLACES = {  # where the paper says what a function computes

@@ -5,13 +5,13 @@ import random
 import pytest
 import small
 import torch
+from sd3min.training.loop import Recipe, fit
 
 from sd3min import flow, text_encoders
 from sd3min.autoencoder import Autoencoder
 from sd3min.config import AutoencoderConfig, T5Config
 from sd3min.text_encoders import Conditioning
 from sd3min.training import images, reading, scenes, text_to_image, vocabulary
-from sd3min.training.loop import Recipe, fit
 from sd3min.training.objective import flow_matching_loss, logit_normal_times
 from sd3min.training.scenes import RELATIONS
 

@@ -1,6 +1,6 @@
 """What a part does, seen by leaving it out: an encoder, a block, a head of attention, a word."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -34,28 +34,29 @@ class Ablation:
 
 
 def silent(
-    encode: Any, encoders: TextEncoders, name: str, *args: Any, **kwargs: Any
+    encode: Any, encoders: TextEncoders, names: Sequence[str], *args: Any, **kwargs: Any
 ) -> Conditioning:
-    """What encoders say, with zeros in the place of one of them."""
-    context, pooled = (part.clone() for part in encode(*args, **kw))
+    """What encoders say, with zeros in the place of some of them."""
+    context, pooled = (part.clone() for part in encode(*args, **kwargs))
     width, rows = encoders.clip_l.config.hidden_size, encoders.clip_l.config.max_position_embeddings
     both = width + encoders.clip_g.config.hidden_size
-    if name == "t5":
+    if "t5" in names:
         context[:, rows:] = 0
-    else:
-        columns = slice(0, width) if name == "clip_l" else slice(width, both)
-        context[:, :rows, columns] = 0
-        pooled[:, columns] = 0
+    for name, columns in (("clip_l", slice(0, width)), ("clip_g", slice(width, both))):
+        if name in names:
+            context[:, :rows, columns] = 0
+            pooled[:, columns] = 0
     return Conditioning(context, pooled)
 
 
 @contextmanager
-def without_encoder(pipe: Pipeline, name: str) -> Iterator[None]:
-    """The encoder says nothing: zeros in its place, in rows and pooled vector."""
-    if name not in ENCODERS:
-        raise Refusal(f"{name!r} is not one of the encoders {', '.join(ENCODERS)}")
+def without_encoder(pipe: Pipeline, *names: str) -> Iterator[None]:
+    """The encoders say nothing: zeros in their place, in rows and pooled vector."""
+    for name in names:
+        if name not in ENCODERS:
+            raise Refusal(f"{name!r} is not one of the encoders {', '.join(ENCODERS)}")
     encoders: Any = pipe.text_encoders
-    encoders.encode = partial(silent, encoders.encode, encoders, name)
+    encoders.encode = partial(silent, encoders.encode, encoders, names)
     try:
         yield
     finally:

@@ -83,14 +83,20 @@ def word_rows(pipe: Pipeline, prompt: str, word: str, t5_length: int) -> list[in
     start = prompt.lower().find(word.lower())
     if start < 0 or not word:
         raise Refusal(f"the prompt {prompt!r} has no word {word!r}")
-    end, encoders = start + len(word), pipe.text_encoders
+    return span_rows(pipe, prompt, start, start + len(word), t5_length)
+
+
+def span_rows(pipe: Pipeline, prompt: str, start: int, end: int, t5_length: int) -> list[int]:
+    """The rows of the context in which encoders read a prompt's letters from one to another."""
+    encoders = pipe.text_encoders
     clip_length = encoders.clip_l.config.max_position_embeddings
     found: set[int] = set()
     places = [(0, 0, clip_length), (1, 0, clip_length)]
     if encoders.has_t5:
         places.append((2, clip_length, t5_length))
     for index, first, length in places:
-        offsets = encoders.tokenizers[index](prompt, return_offsets_mapping=True)["offset_mapping"]
+        tokens = encoders.tokenizers[index](prompt, return_offsets_mapping=True, verbose=False)
+        offsets = tokens["offset_mapping"]
         found |= {
             first + i
             for i, (a, b) in enumerate(offsets[:length])
