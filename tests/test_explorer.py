@@ -333,7 +333,7 @@ def decoded(address):
 RECIPES = [
     Wanted("a red circle", 7, steps=2),
     Wanted(
-        '-- it\'s "red" $HOME `x`\nand blue',
+        '--it\'s "red" $X `x`\nand',
         7,
         width=48,
         height=64,

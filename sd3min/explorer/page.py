@@ -16,6 +16,7 @@ import gradio as gr
 from sd3min import flow
 from sd3min.config import SIZE_STEP, Refusal
 from sd3min.explorer import markup
+from sd3min.explorer.look import theme
 from sd3min.explorer.markup import COLUMNS, Look, Shown
 from sd3min.explorer.recipe import as_command, as_python
 from sd3min.explorer.studio import MOST_WAITING, Drawing, Glimpse, Studio
@@ -24,73 +25,11 @@ from sd3min.parts import TITLES
 from sd3min.probes.ablation import ENCODERS
 
 HERE = Path(__file__).parent
-SHARED = ("prompt", "seed", "width", "height", "init_image", "strength")
-OWN = ("negative_prompt", "steps", "guidance_scale", "shift", "sampler", "dropped")
+SHARED: tuple[str, ...] = ("prompt", "seed", "width", "height", "init_image", "strength")
+OWN: tuple[str, ...] = ("negative_prompt", "steps", "guidance_scale", "shift", "sampler", "dropped")
 NO_COMMAND = "# No option of the command leaves a CLIP out: the Python above does."
 KEPT = 3600  # seconds that a drawing outlives its visit at most
 MOST_VISITS = 100
-
-PAPER, CARD, INK = ("#faf8f5", "#161412"), ("#ffffff", "#1f1c19"), ("#1f1b16", "#ece6dc")
-SOFT, LINE, ACCENT = ("#6a6358", "#a69e92"), ("#e3ddd3", "#38332d"), ("#b93c0b", "#ff8c55")
-ON_ACCENT, CLEAR = ("#ffffff", "#1f1109"), ("transparent", "transparent")
-COLOURS = {  # in the light and in the dark
-    "body_background_fill": PAPER,
-    "body_text_color": INK,
-    "body_text_color_subdued": SOFT,
-    "background_fill_primary": PAPER,
-    "background_fill_secondary": CARD,
-    "border_color_primary": LINE,
-    "border_color_accent": ACCENT,
-    "color_accent_soft": CARD,
-    "link_text_color": ACCENT,
-    "block_background_fill": CLEAR,
-    "block_label_text_color": SOFT,
-    "block_label_background_fill": CLEAR,
-    "block_title_text_color": SOFT,
-    "input_background_fill": CARD,
-    "input_background_fill_focus": CARD,
-    "input_border_color": LINE,
-    "input_border_color_focus": ACCENT,
-    "input_placeholder_color": SOFT,
-    "button_primary_background_fill": ACCENT,
-    "button_primary_background_fill_hover": ACCENT,
-    "button_primary_text_color": ON_ACCENT,
-    "button_primary_border_color": ACCENT,
-    "button_secondary_background_fill": CARD,
-    "button_secondary_background_fill_hover": CARD,
-    "button_secondary_text_color": INK,
-    "button_secondary_border_color": LINE,
-    "checkbox_background_color": CARD,
-    "checkbox_background_color_selected": ACCENT,
-    "checkbox_border_color": LINE,
-    "checkbox_border_color_selected": ACCENT,
-    "checkbox_border_color_focus": ACCENT,
-    "checkbox_label_background_fill": CARD,
-    "checkbox_label_background_fill_hover": CARD,
-    "checkbox_label_background_fill_selected": CARD,
-    "checkbox_label_border_color": LINE,
-    "checkbox_label_border_color_selected": ACCENT,
-    "checkbox_label_text_color": INK,
-    "checkbox_label_text_color_selected": INK,
-    "slider_color": ACCENT,
-    "code_background_fill": CARD,
-    "stat_background_fill": ACCENT,
-}
-PLAIN: dict[str, Any] = {
-    "block_border_width": "0px",
-    "block_border_width_dark": "0px",
-    "block_shadow": "none",
-    "block_shadow_dark": "none",
-    "block_padding": "0px",
-    "block_label_border_width": "0px",
-    "block_title_text_weight": "500",
-    "block_title_text_size": "0.8rem",
-    "input_shadow": "none",
-    "input_shadow_focus": "none",
-    "input_radius": "8px",
-    "layout_gap": "18px",
-    "button_large_radius": "8px",
-}
 
 Values = Mapping[str, Any]
 
@@ -99,6 +38,8 @@ def wanted(shared: Values, own: Values) -> Wanted:
     """What one column asks for; an empty seed is a random one, an empty number the weights' own."""
     values = {**shared, **own, "dropped": tuple(own["dropped"] or ())}
     values["negative_prompt"] = own["negative_prompt"] or ""
+    for name in ("guidance_scale", "shift", "strength"):
+        values[name] = None if values[name] is None else float(values[name])
     if values["seed"] is None:
         values["seed"] = secrets.randbelow(MOST_SEED)
     return Wanted(**values)
@@ -141,7 +82,7 @@ class Page:
             label = "Click a word to see where it was read"
             self.word = gr.Radio([], label=label, elem_id="words")
             with gr.Row(visible=False, elem_id="depth") as self.depth:
-                whole = {"minimum": 0, "maximum": 1, "value": 0, "step": 1, "buttons": []}
+                whole: Any = {"minimum": 0, "maximum": 1, "value": 0, "step": 1, "buttons": []}
                 self.layer = gr.Slider(label="Layer: all", elem_id="layer", **whole)
                 self.step = gr.Slider(label="Step: all", elem_id="step", **whole)
             self.recipe = gr.HTML(elem_id="recipe", js_on_load=markup.COPY)
@@ -153,7 +94,7 @@ class Page:
             self.seed = gr.Number(SEED, label="Seed", precision=0, elem_id="seed", min_width=80)
             self.dice = gr.Button("⚄ Another seed", elem_id="dice", min_width=80)
         with gr.Row():
-            sides = {"precision": 0, "step": SIZE_STEP, "min_width": 80}
+            sides: Any = {"precision": 0, "step": SIZE_STEP, "min_width": 80}
             self.width = gr.Number(defaults.width, label="Width", elem_id="width", **sides)
             self.height = gr.Number(defaults.height, label="Height", elem_id="height", **sides)
         self.first = self.build_own()
@@ -162,16 +103,19 @@ class Page:
             gr.HTML(markup.line("The same prompt, seed and size, with"))
             self.second = self.build_own()
         with gr.Accordion("Start from a picture", open=False, elem_id="start"):
-            sources = ["upload", "clipboard"]
             self.init_image = gr.Image(
-                type="pil", sources=sources, show_label=False, height=180, buttons=[]
+                type="pil",
+                sources=["upload", "clipboard"],
+                show_label=False,
+                height=180,
+                buttons=[],
             )
             self.strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="Strength", buttons=[])
 
     def build_own(self) -> dict[str, Any]:
         """The settings of one column, by their names in a call."""
-        defaults, small = self.defaults, {"min_width": 80}
-        own: dict[str, Any] = {}
+        defaults, own = self.defaults, dict[str, Any]()
+        small: Any = {"min_width": 80}
         with gr.Row():
             own["steps"] = gr.Number(defaults.steps, label="Steps", precision=0, **small)
             scale = defaults.guidance_scale
@@ -316,13 +260,3 @@ class Page:
             at = f"--host {host}" + (f" --port {port}" if port else "")
             raise Refusal(f"{at} cannot be listened on: pass another --port or --host") from None
         return address
-
-
-def theme() -> gr.themes.Base:
-    """A quiet theme: paper and ink, one accent, and fonts that are there already."""
-    sans = ("system-ui", "-apple-system", "Segoe UI", "Helvetica", "Arial", "sans-serif")
-    mono = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace")
-    made = gr.themes.Base(font=sans, font_mono=mono)
-    for name, (light, dark) in COLOURS.items():
-        made.set(**{name: light, f"{name}_dark": dark})
-    return made.set(**PLAIN)

@@ -165,5 +165,5 @@ def cells(
     maps: Float[Tensor, "layer word row column"],
 ) -> Float[Tensor, "layer word small_row small_column"]:
     """Maps with sides of at most `MOST_CELLS`, each cell the mean of its patches."""
-    small = [min(side, MOST_CELLS) for side in maps.shape[-2:]]
-    return F.adaptive_avg_pool2d(maps, small).half() if maps.shape[1] else maps.half()
+    rows, columns = (min(side, MOST_CELLS) for side in maps.shape[-2:])
+    return F.adaptive_avg_pool2d(maps, (rows, columns)).half() if maps.shape[1] else maps.half()
