@@ -1,6 +1,6 @@
 """The commands: `sd3min generate` makes pictures, `inspect` says what a file holds, `convert`
-writes it in the other layout, `verify` checks it against diffusers, and `explain` says why two
-implementations make different pictures.
+writes it in the other layout, `verify` checks it against diffusers, `explain` says why two
+implementations make different pictures, and `explore` opens a page.
 
 A call that cannot be carried out ends before any work, with exit code 2 and one sentence.
 """
@@ -21,6 +21,7 @@ from sd3min.config import Refusal, released_name
 from sd3min.conventions import CONVENTIONS, find_conventions
 from sd3min.convert import convert
 from sd3min.differences import PICTURES, Difference, explain
+from sd3min.explorer.commands import add_explore
 from sd3min.fast.plan import plan
 from sd3min.fast.stages import MEMORY
 from sd3min.generate import add_generate, add_placement
@@ -43,6 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_explain(commands.add_parser("explain", help="say what two implementations differ in"))
     add_train(commands.add_parser("train", help="train a small model from nothing"))
     add_finetune(commands.add_parser("finetune", help="teach a model from pictures, as a LoRA"))
+    add_explore(commands.add_parser("explore", help="open a local page to draw and look inside"))
     return parser
 
 

@@ -47,9 +47,9 @@ LAYERS = (  # a module imports only from those above it
     "options",
     "training",
     "probes",
-    "explorer",
     "gallery",
     "generate",
+    "explorer",
     "cli",
 )
 PLACES = {  # where the paper says what a function computes

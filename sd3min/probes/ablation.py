@@ -43,17 +43,18 @@ def silent(encode: Any, layout: Layout, kept: Tensor, *args: Any, **kwargs: Any)
 
 
 @contextmanager
-def without_encoder(pipe: Pipeline, name: str) -> Iterator[None]:
-    """The encoder says nothing: zeros in its place, in rows and pooled vector, as in training with
+def without_encoder(pipe: Pipeline, *names: str) -> Iterator[None]:
+    """Encoders say nothing: zeros in their place, in rows and pooled vector, as in training with
     encoders left out (App. B.3), and for T5 in Fig. 9 (§5.3.3).
     """
-    if name not in ENCODERS:
-        raise Refusal(f"{name!r} is not one of the encoders {', '.join(ENCODERS)}")
+    for name in names:
+        if name not in ENCODERS:
+            raise Refusal(f"{name!r} is not one of the encoders {', '.join(ENCODERS)}")
     encoders: Any = plain(pipe)[1]
     clips = encoders.clip_l.config, encoders.clip_g.config
     widths = [config.hidden_size for config in clips]
     layout = Layout(*widths, rows=clips[0].max_position_embeddings)
-    kept = torch.tensor([[float(each != name) for each in ENCODERS]])
+    kept = torch.tensor([[float(each not in names) for each in ENCODERS]])
     encoders.encode = partial(silent, encoders.encode, layout, kept)
     try:
         yield

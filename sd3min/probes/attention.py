@@ -109,7 +109,23 @@ def word_rows(
     A word that comes twice has the rows of both; name more words in a row for one of them. Raises
     Refusal where the prompt lacks it or every encoder cuts it off.
     """
-    places, (_, encoders) = spans(prompt, word), plain(pipe)
+    found = span_rows(pipe, prompt, spans(prompt, word), t5_length, conventions)
+    if not found:
+        raise Refusal(f"the word {word!r} is cut off from {prompt!r}: shorten the prompt")
+    return found
+
+
+def span_rows(
+    pipe: Pipeline,
+    prompt: str,
+    places: Sequence[tuple[int, int]],
+    t5_length: int | None = None,
+    conventions: Conventions = DIFFUSERS,
+) -> list[int]:
+    """The rows of the context in which encoders read parts of a prompt, each from one letter to
+    another; none where they are cut off.
+    """
+    _, encoders = plain(pipe)
     clip_length = encoders.clip_l.config.max_position_embeddings
     own = conventions.clip_g_exclamation == "padding"
     reads = [(0, 0, clip_length), (1 if own else 0, 0, clip_length)]
@@ -127,8 +143,6 @@ def word_rows(
             for i, (a, b) in enumerate(offsets)
             if any(a < end and b > start and a < b for start, end in places)
         }
-    if not found:
-        raise Refusal(f"the word {word!r} is cut off from {prompt!r}: shorten the prompt")
     return sorted(found)
 
 
