@@ -75,7 +75,8 @@ def train_flow(plan: Plan, work: Path, autoencoder: Autoencoder) -> tuple[MMDiT,
 
     recipe = plan.recipes["reading"]
     fit(reading.Reading(encoders, recipe.batch).eval(), recipe, work / "reading")
-    encoders.t5.requires_grad_(False)
+    if encoders.t5 is not None:
+        encoders.t5.requires_grad_(False)
 
     recipe = plan.recipes["flow"]
     latents = text_to_image.Latents(autoencoder, plan.pictures, work / "latents.pt")
