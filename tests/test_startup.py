@@ -8,6 +8,7 @@ import pytest
 from sd3min import checkpoint
 
 SLOW = {"transformers", "huggingface_hub", "diffusers", "matplotlib", "gradio"}
+TRAINING = {"accelerate", "datasets", "matplotlib", "tensorboard"}
 COMPILER = {"torch._dynamo", "sympy"}  # PyTorch itself loads it to compute on the meta device
 READ = "import sys; before = set(sys.modules)\n{}\nprint(*sorted(set(sys.modules) - before))"
 
@@ -49,6 +50,18 @@ def test_a_picture_imports_transformers_and_never_diffusers():
     tops = {name.split(".")[0] for name in imported(code)}
     assert "transformers" in tops
     assert "diffusers" not in tops
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from sd3min import cli\nassert cli.main(['train', 'no.toml']) == 2",
+        "from sd3min import cli\nassert cli.main(['generate', 'a cat', '--steps', '0']) == 2",
+        "import sd3min\nsd3min.load()('a red circle', steps=1, progress=False)",
+    ],
+)
+def test_only_training_imports_what_training_needs(code):
+    assert not {name.split(".")[0] for name in imported(code)} & TRAINING
 
 
 def test_the_tokenizers_are_classes_of_transformers():
