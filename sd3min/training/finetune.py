@@ -165,8 +165,8 @@ class FineTuning(Task):
 
 @torch.no_grad()
 def validate(task: FineTuning, material: Material, batch: int) -> dict[str, float]:
-    """The paper's validation loss of pictures, and its part at each time (§5.3.3): of the posteriors'
-    modes, each picture with its own noise, the same at every time and every call.
+    """The paper's validation loss of pictures, and its part at each time (§5.3.3): of the
+    posteriors' modes, each picture with its own noise, the same at every time and every call.
     """
     device, losses = task.mmdit.pos_embed.device, []
     for bucket in material.encoded:
