@@ -97,6 +97,14 @@ def test_the_paper_map_leads_to_the_lines_of_definitions(site):
 
 
 @pytest.mark.slow
+def test_formulas_of_the_notebooks_are_drawn(site):
+    _, folder = site
+    texts = [path.read_text() for path in (folder / "notebooks").glob("*.html")]
+    assert sum(text.count("<math") for text in texts) > 50
+    assert not any("$$" in text or "\\frac" in text for text in texts)
+
+
+@pytest.mark.slow
 def test_every_module_and_command_is_described(site):
     pages, folder = site
     described = set().union(*(pages[path].ids for path in (folder / "reference").glob("*.html")))

@@ -15,6 +15,7 @@ from typing import Any
 import jupytext
 import paper_map
 import torch
+from latex2mathml.converter import convert as latex_to_mathml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -53,6 +54,9 @@ GROUPS = {  # pages of the reference, and the modules on each; the last has all 
 SAME = ("rank", "resolution", "seed")  # options of diffusers' script with the same short name
 LINK = re.compile(r"(?<=\]\()([^()\s]+)(?=\))")
 IN_CODE = re.compile(r"(?<![\[`])`((?:sd3min|tools|notebooks)/[\w/]+\.py)`(?![\]`])")
+FORMULA = re.compile(
+    r"(?P<code>`+.*?`+)|\$\$(?P<block>.+?)\$\$|\$(?=\S)(?P<inline>[^$]+?)(?<=\S)\$", re.DOTALL
+)
 FENCE = "~" * 8
 
 
@@ -107,11 +111,25 @@ def listing(path: Path) -> str:
     return f"{head}\n# {title}\n\n{code}\n"
 
 
+def with_formulas(markdown: str) -> str:
+    """A text whose formulas in LaTeX are MathML, which browsers draw without a program."""
+
+    def formula(found: re.Match[str]) -> str:
+        if found["code"]:
+            return found["code"]
+        display = "block" if found["block"] else "inline"
+        return latex_to_mathml((found["block"] or found["inline"]).strip(), display=display)
+
+    return FORMULA.sub(formula, markdown)
+
+
 def notebook(path: Path) -> str:
     """A notebook in jupytext's percent format as a page, not executed."""
     cells = jupytext.read(path).cells
     parts = (
-        cell.source if cell.cell_type == "markdown" else f"```python\n{cell.source}\n```"
+        with_formulas(cell.source)
+        if cell.cell_type == "markdown"
+        else f"```python\n{cell.source}\n```"
         for cell in cells
     )
     run = f"Run it: `jupytext --to notebook notebooks/{path.name}`, then open it in Jupyter."

@@ -43,9 +43,16 @@ def silent(encode: Any, layout: Layout, kept: Tensor, *args: Any, **kwargs: Any)
 
 
 @contextmanager
+<<<<<<< HEAD
 def without_encoder(pipe: Pipeline, *names: str) -> Iterator[None]:
     """Encoders say nothing: zeros in their place, in rows and pooled vector, as in training with
     encoders left out (App. B.3), and for T5 in Fig. 9 (§5.3.3).
+=======
+def without_encoder(pipe: Pipeline, name: str) -> Iterator[None]:
+    """An encoder, "clip_l", "clip_g" or "t5", says nothing: zeros in its place, in rows and pooled
+    vector (paper §5.3.3, Fig. 9), as in training with encoders left out (App. B.3). Refused where
+    there is none of that name.
+>>>>>>> docs
     """
     for name in names:
         if name not in ENCODERS:
@@ -92,7 +99,7 @@ def without_head(pipe: Pipeline, layer: int, head: int) -> Iterator[None]:
 
 
 def find_block(pipe: Pipeline, layer: int) -> JointBlock:
-    """A joint block by its number."""
+    """A joint block by its number, from 0; refused where there is none."""
     blocks = plain(pipe)[0].joint_blocks
     if not 0 <= layer < len(blocks):
         raise Refusal(f"layer {layer} is not one of 0 to {len(blocks) - 1}")
@@ -102,7 +109,9 @@ def find_block(pipe: Pipeline, layer: int) -> JointBlock:
 
 
 def without_word(prompt: str, word: str) -> str:
-    """The prompt without a word, wherever it stands, or without several in a row."""
+    """The prompt without a word, wherever it stands, or without several in a row; refused where it
+    has none such.
+    """
     for start, end in reversed(spans(prompt, word)):
         prompt = prompt[:start] + prompt[end:]
     return " ".join(prompt.split())
