@@ -43,16 +43,9 @@ def silent(encode: Any, layout: Layout, kept: Tensor, *args: Any, **kwargs: Any)
 
 
 @contextmanager
-<<<<<<< HEAD
 def without_encoder(pipe: Pipeline, *names: str) -> Iterator[None]:
     """Encoders say nothing: zeros in their place, in rows and pooled vector, as in training with
     encoders left out (App. B.3), and for T5 in Fig. 9 (§5.3.3).
-=======
-def without_encoder(pipe: Pipeline, name: str) -> Iterator[None]:
-    """An encoder, "clip_l", "clip_g" or "t5", says nothing: zeros in its place, in rows and pooled
-    vector (paper §5.3.3, Fig. 9), as in training with encoders left out (App. B.3). Refused where
-    there is none of that name.
->>>>>>> docs
     """
     for name in names:
         if name not in ENCODERS:

@@ -165,14 +165,9 @@ class FineTuning(Task):
 
 @torch.no_grad()
 def validate(task: FineTuning, material: Material, batch: int) -> dict[str, float]:
-<<<<<<< HEAD
     """The paper's validation loss of pictures, and its part at each time (§5.3.3).
 
     It is of the posteriors' modes, each picture with its own noise, the same at each time and call.
-=======
-    """The paper's validation loss of pictures, and its part at each time (§5.3.3): of the
-    posteriors' modes, each picture with its own noise, the same at every time and every call.
->>>>>>> docs
     """
     device, losses = task.mmdit.pos_embed.device, []
     for bucket in material.encoded:
