@@ -7,7 +7,6 @@ map, the options and the conventions become tables. Nothing that is generated is
 import argparse
 import posixpath
 import re
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from sd3min import cli, conventions
 from sd3min.config import MMDiTConfig
 from sd3min.lora import names
 from sd3min.mmdit import MMDiT
+from sd3min.training import peer_options
 
 ROOT = Path(__file__).parents[1]
 INCLUDED = {  # files of the repository that are pages, whole
@@ -51,7 +51,6 @@ GROUPS = {  # pages of the reference, and the modules on each; the last has all 
     "fast": ("Fast and small", ("fast",)),
     "commands": ("Commands", ()),
 }
-SAME = ("rank", "resolution", "seed")  # options of diffusers' script with the same short name
 LINK = re.compile(r"(?<=\]\()([^()\s]+)(?=\))")
 IN_CODE = re.compile(r"(?<![\[`])`((?:sd3min|tools|notebooks)/[\w/]+\.py)`(?![\]`])")
 FORMULA = re.compile(
@@ -151,7 +150,7 @@ def reference(page: str, names: list[str]) -> str:
 def options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, ...]]:
     """Rows of a command's arguments: names and what they are."""
     for action in parser._actions:
-        if action.dest != "help":
+        if action.dest != "help" and action.help != argparse.SUPPRESS:
             names = action.option_strings or [str(action.metavar or action.dest)]
             yield ", ".join(f"`{name}`" for name in names), cell(action.help or "")
 
@@ -178,19 +177,8 @@ def commands_page() -> str:
 
 
 def diffusers_options() -> str:
-    """diffusers' options and ours for the same: told by the parser, and what is not there."""
-    rows = {}
-    for action in commands()["finetune"]._actions:
-        own, last = action.option_strings[0], action.option_strings[-1]
-        name = last.removeprefix("--")
-        if (own != last or "_" in name or name in SAME) and name != "help":
-            same = "the same" if own == last else f"`{own}`"
-            rows[name] = (f"`--{name}`", same, cell(action.help or ""))
-    with (ROOT / "docs" / "diffusers_options.toml").open("rb") as file:
-        for name, instead in tomllib.load(file).items():
-            rows.setdefault(name, (f"`--{name}`", "–", cell(instead)))
-    ordered = (rows[name] for name in sorted(rows))
-    return paper_map.table(("diffusers", "here", "what it is, or what to do instead"), ordered)
+    """diffusers' options and ours for the same."""
+    return peer_options.table(commands()["finetune"])
 
 
 def conventions_table() -> str:
