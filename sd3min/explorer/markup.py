@@ -99,8 +99,10 @@ def looked_at(drawing: Drawing, look: Look) -> str:
         made = f"{drawing.wanted.prompt}, {facts(drawing)}"
         return figure(drawing.picture, facts(drawing), "picture", made)
     values = heat(drawing, look.word, look.layer, look.step)
-    times = float(values.max() / values.mean())
     word = drawing.words[look.word].text
+    if not values.any():
+        return figure(drawing.picture, f"“{word}” was cut off: no encoder read it", "heat")
+    times = float(values.max() / values.mean())
     told = f"where “{word}” was read, at most {times:.1f} times the mean"
     return figure(over(drawing.picture, values), told, "heat")
 

@@ -52,7 +52,9 @@ class Page:
         """`name`: of the model; `loaded`: the arguments of `sd3min.load` that it came from."""
         self.studio, self.name, self.loaded = studio, name, loaded
         self.defaults = studio.pipe.defaults
-        with gr.Blocks(title="sd3min", analytics_enabled=False) as self.blocks:
+        with gr.Blocks(
+            title="sd3min", analytics_enabled=False, delete_cache=(KEPT, KEPT)
+        ) as self.blocks:
             self.state = gr.State(None, time_to_live=KEPT)
             self.build()
             self.connect()
