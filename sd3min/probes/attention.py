@@ -156,13 +156,36 @@ def looked(q: Tensor, k: Tensor, texts: int, words: Sequence[Sequence[int]]) -> 
     return Seen(sums.flatten(2), entropy, largest, torch.cat(heat, dim=-1))
 
 
+def listen(block: Any, record: Attention, current: list[Seen]) -> Iterator[Any]:
+    """Hooks that overhear a joint block's queries and keys, and add what its attention does."""
+    heard: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+            q, k, _ = output
+            heard[name] = q, k
+
+        return hook
+
+    def after(module: JointBlock, inputs: Any, output: Any) -> None:
+        pairs = zip(heard["context"], heard["image"], strict=True)
+        q, k = (torch.cat(both, dim=2) for both in pairs)
+        if record.guided:
+            q, k = (each.chunk(2)[1] for each in (q, k))
+        current.append(looked(q, k, heard["context"][0].shape[2], record.rows))
+        heard.clear()
+
+    yield block.context_block.attn.register_forward_hook(keep("context"))
+    yield block.x_block.attn.register_forward_hook(keep("image"))
+    yield block.register_forward_hook(after)
+
+
 @contextmanager
 def overheard(mmdit: MMDiT, record: Attention) -> Iterator[None]:
-    """Listen to every block's queries and keys."""
-    hooks: list[Any] = []
+    """Every pass of a network adds what each of its blocks' attention did."""
     current: list[Seen] = []
 
-    def sides(module: MMDiT, inputs: tuple[Tensor, ...]) -> None:
+    def begin(module: MMDiT, inputs: tuple[Tensor, ...]) -> None:
         height, width = inputs[0].shape[-2:]
         record.size = height // PATCH, width // PATCH
         current.clear()
@@ -170,31 +193,8 @@ def overheard(mmdit: MMDiT, record: Attention) -> Iterator[None]:
     def finish(module: MMDiT, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         record.passes.append(list(current))
 
-    def listen(block: Any) -> None:
-        heard: dict[str, tuple[Tensor, Tensor]] = {}
-
-        def keep(name: str) -> Any:
-            def hook(module: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-                q, k, _ = output
-                heard[name] = q, k
-
-            return hook
-
-        def after(module: JointBlock, inputs: Any, output: Any) -> None:
-            pairs = zip(heard["context"], heard["image"], strict=True)
-            q, k = (torch.cat(both, dim=2) for both in pairs)
-            if record.guided:
-                q, k = (each.chunk(2)[1] for each in (q, k))
-            current.append(looked(q, k, heard["context"][0].shape[2], record.rows))
-            heard.clear()
-
-        hooks.append(block.context_block.attn.register_forward_hook(keep("context")))
-        hooks.append(block.x_block.attn.register_forward_hook(keep("image")))
-        hooks.append(block.register_forward_hook(after))
-
-    for block in mmdit.joint_blocks:
-        listen(block)
-    hooks += [mmdit.register_forward_pre_hook(sides), mmdit.register_forward_hook(finish)]
+    hooks = [hook for block in mmdit.joint_blocks for hook in listen(block, record, current)]
+    hooks += [mmdit.register_forward_pre_hook(begin), mmdit.register_forward_hook(finish)]
     try:
         yield
     finally:
