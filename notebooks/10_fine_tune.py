@@ -26,6 +26,7 @@ import json
 import logging
 import random
 import tempfile
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -84,7 +85,7 @@ def show(pictures, titles):
     _, panels = plt.subplots(1, len(pictures), figsize=(9, 2.2), layout="constrained")
     for panel, picture, title in zip(panels, pictures, titles, strict=True):
         panel.imshow(picture, interpolation="nearest")
-        panel.set_title(title, fontsize=9)
+        panel.set_title(textwrap.fill(title, 24), fontsize=9)
         panel.set_axis_off()
     plt.show()
 
@@ -253,14 +254,14 @@ axes.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# ## Exercise 2: at which times was there anything to learn?
+# ## Exercise 2: what is left
 #
-# Compare both lines, and explain why near $t = 1$ the loss falls the least in proportion, or not.
-# Is the mean over the eight times lower after?
+# The loss is largest at both ends of time, and stays so. What is it there that no training could
+# teach? Is the mean over the eight times lower than before?
 
 # %% jupyter={"source_hidden": true}
-# answer: near t = 1 the velocity is z minus the mean of the subject's data: the caption alone tells
-# it, so a new mean is most of what is learnt there; near t = 0 the noisy picture itself says enough
+# answer: near t = 0 the noise that has to be told is a small share of what is seen; near t = 1 it
+# is the data that cannot be seen, and so not where in the picture this crescent lies
 print(f"mean {losses_before.mean():.3f} before, {losses_after.mean():.3f} after")
 print("left of the loss:", *(f"{share:.0%}" for share in losses_after / losses_before))
 assert losses_after.mean() < losses_before.mean()

@@ -58,7 +58,7 @@ def grid_of(values: np.ndarray, rows: str, columns: str, colours: str, title: st
 
 def quadrants(seen: Attention) -> Figure:
     """Shares of attention by layer and step, for each pair of streams."""
-    means = seen.quadrants.mean("picture", "head").values
+    means = seen.quadrants.mean("picture", "head").values.numpy()
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     drawn = []
     for i, (axes, name) in enumerate(zip(figure.subplots(1, 4), QUADRANTS, strict=True)):
@@ -73,8 +73,8 @@ def entropy(seen: Attention) -> Figure:
     """Entropy of the image's attention and the largest logit, by layer, over steps."""
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    sharp = seen.entropy.mean("picture", "head").values[..., 1]
-    largest = seen.largest_logit.values.amax(dim=(2, 3))
+    sharp = seen.entropy.mean("picture", "head").values[..., 1].numpy()
+    largest = seen.largest_logit.values.amax(dim=(2, 3)).numpy()
     for layer in range(sharp.shape[1]):
         left.plot(sharp[:, layer], label=f"layer {layer}")
         right.plot(largest[:, layer])
@@ -98,9 +98,10 @@ def speeds(walked: Path) -> Figure:
     """The velocity's size and how far it turns, over time."""
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(walked.times[:-1], walked.speeds.values)
+    times = walked.times.numpy()
+    left.plot(times[:-1], walked.speeds.values.numpy())
     left.set(xlabel="t", ylabel="velocity, root mean square")
-    right.plot(walked.times[1:-1], walked.turns.values)
+    right.plot(times[1:-1], walked.turns.values.numpy())
     right.set(xlabel="t", ylabel="cosine to the step before")
     for axes in (left, right):
         axes.invert_xaxis()
@@ -110,9 +111,10 @@ def speeds(walked: Path) -> Figure:
 def modulation(found: Named, times: Sequence[float]) -> Figure:
     """Size of every part of the modulation by layer, a line for each time."""
     figure = Figure(figsize=(9, 5), layout="constrained")
+    values = found.values.numpy()
     for i, axes in enumerate(figure.subplots(2, 3, sharex=True).flat):
         for place, t in enumerate(times):
-            axes.plot(found.values[place, :, i], label=f"t = {t:.2f}")
+            axes.plot(values[place, :, i], label=f"t = {t:.2f}")
         axes.set(title=PARTS[i], xlabel="layer")
     figure.axes[0].legend(frameon=False, fontsize=7)
     return figure
