@@ -184,7 +184,7 @@ figure, panels = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
 for panel, (name, image) in zip(panels, drawn.items(), strict=True):
     panel.imshow(image, interpolation="nearest")
     panel.set_title(f"{name}, {image.width} x {image.height}")
-    panel.set_axis_off()
+    panel.set(xticks=[], yticks=[])
 plt.show()
 assert drawn["wide"].size == (wide, defaults.height)
 assert drawn["default"].tobytes() == picture.tobytes()

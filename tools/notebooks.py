@@ -31,6 +31,7 @@ def execute(source: Path) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         resources = {"metadata": {"path": folder}}
         options = {"timeout": SECONDS, "resources": resources, "record_timing": False}
+        options["extra_arguments"] = ["--log-level=ERROR"]  # it tells of its sockets
         nbclient.NotebookClient(notebook, **options).execute()
     return notebook
 
