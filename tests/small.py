@@ -18,15 +18,14 @@ from sd3min.stored import Stored
 from sd3min.text_encoders import TextEncoders
 from sd3min.training import vocabulary
 
+LENGTH = 16  # tokens that each encoder reads
 VARIANTS = {
     "SD3-medium": MMDiTConfig(depth=2, context_width=320, pooled_width=192, grid=12),
     "SD3.5-medium": MMDiTConfig(2, 320, 192, grid=24, qk_norm=True, dual_blocks=1),
     "SD3.5-large": MMDiTConfig(depth=3, context_width=320, pooled_width=192, grid=12, qk_norm=True),
 }
 AUTOENCODER = AutoencoderConfig(widths=(64, 64, 96, 128), blocks=2)
-DEFAULTS = Defaults(
-    width=64, height=48, steps=4, guidance_scale=4.0, shift=3.0, t5_length=vocabulary.LENGTH
-)
+DEFAULTS = Defaults(width=64, height=48, steps=4, guidance_scale=4.0, shift=3.0, t5_length=LENGTH)
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -48,9 +47,9 @@ def autoencoder(config: AutoencoderConfig = AUTOENCODER, seed: int = 1) -> Autoe
     return randomise(Autoencoder(config), seed)
 
 
-def tokenizers(folder: Path) -> list:
+def tokenizers(folder: Path, length: int = LENGTH) -> list:
     """The scenes' small tokenizers."""
-    vocabulary.save_tokenizers(folder)
+    vocabulary.save_tokenizers(folder, length)
     return [
         CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
@@ -59,7 +58,7 @@ def tokenizers(folder: Path) -> list:
 
 
 def encoders(
-    given: list, length: int = vocabulary.LENGTH, context_width: int = 320
+    given: list, length: int = LENGTH, context_width: int = 320, t5_length: int = LENGTH
 ) -> TextEncoders:
     """CLIP-L of width 64, CLIP-G of width 128 and T5 of width 320, for any tokenizers."""
     clip_l = CLIPConfig(layers=3, width=64, mlp_width=96, vocabulary=len(given[0]), length=length)
@@ -71,7 +70,7 @@ def encoders(
         text_encoders.t5(t5),
         given,
         context_width,
-        vocabulary.LENGTH,
+        t5_length,
     )
     randomise(made, seed=2)
     made.clip_l.text_projection.weight.data = torch.eye(64)

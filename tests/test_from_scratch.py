@@ -14,6 +14,12 @@ from sd3min.training.recipe import Recipe
 from sd3min.training.trainer import fit
 
 
+def encoders_of(folder):
+    """Small encoders with room for every caption."""
+    length = vocabulary.LENGTH
+    return small.encoders(small.tokenizers(folder, length), length, t5_length=length)
+
+
 def test_folding_in_the_scale_normalises_latents_and_keeps_pictures():
     """Up to the border, where the decoder's padding meant another value before."""
     torch.manual_seed(0)
@@ -51,7 +57,7 @@ def test_the_end_of_clips_text_has_the_largest_id(tmp_path):
 
 
 def test_training_starts_with_the_identity_and_with_positions_as_loud_as_words(tmp_path):
-    mmdit, encoders = small.mmdit(), small.encoders(small.tokenizers(tmp_path))
+    mmdit, encoders = small.mmdit(), encoders_of(tmp_path)
     text_to_image.initialise(mmdit, encoders, 64)
     latents = torch.randn(1, 16, 8, 8)
     config = mmdit.config
@@ -75,13 +81,13 @@ def test_training_starts_with_the_identity_and_with_positions_as_loud_as_words(t
 def test_a_longest_caption_fits_the_text_encoders(tmp_path):
     rng = random.Random(0)
     words = max((captions.worded(scenes.random_scene(rng), rng) for _ in range(3000)), key=len)
-    for tokenizer in small.tokenizers(tmp_path):
+    for tokenizer in small.tokenizers(tmp_path, vocabulary.LENGTH):
         assert 10 < len(tokenizer(words).input_ids) <= vocabulary.LENGTH
 
 
 def test_parts_of_a_batch_are_learnt_from_as_the_whole(tmp_path):
     """Of every stage: pictures, captions and draws do not depend on how the batch is cut."""
-    encoders = small.encoders(small.tokenizers(tmp_path))
+    encoders = encoders_of(tmp_path)
     autoencoder = Autoencoder(AutoencoderConfig((32, 32), 1)).eval()
     latents = text_to_image.Latents(autoencoder, 8, tmp_path / "latents.pt", chunk=4)
     flow = text_to_image.TextToImage(small.mmdit(), encoders, latents, 4, 3.0)
@@ -102,7 +108,7 @@ def test_parts_of_a_batch_are_learnt_from_as_the_whole(tmp_path):
 
 def test_a_step_of_the_flow_reaches_every_weight_but_t5s(tmp_path):
     """T5 has been taught before; CLIP-L's projection is the identity."""
-    mmdit, encoders = small.mmdit(), small.encoders(small.tokenizers(tmp_path))
+    mmdit, encoders = small.mmdit(), encoders_of(tmp_path)
     mmdit.requires_grad_(True), encoders.requires_grad_(True).t5.requires_grad_(False)
     encoders.clip_l.text_projection.requires_grad_(False)
     latents = text_to_image.Latents(small.autoencoder(), 8, tmp_path / "latents.pt", chunk=4)
@@ -116,7 +122,7 @@ def test_a_step_of_the_flow_reaches_every_weight_but_t5s(tmp_path):
 @pytest.mark.slow
 def test_a_short_reading_lesson_is_learnt_and_holds_for_relations_never_read(tmp_path):
     torch.manual_seed(0)
-    encoders = small.encoders(small.tokenizers(tmp_path))
+    encoders = encoders_of(tmp_path)
     sizes = T5Config(3, 320, mlp_width=512, heads=4, vocabulary=len(encoders.tokenizers[2]))
     encoders.t5 = text_encoders.t5(sizes)
     text_to_image.initialise(small.mmdit(), encoders, 64)

@@ -222,7 +222,7 @@ def test_conventions_say_what_is_watched(pipe):
     settings = {"conventions": "sd3-ref", "steps": 1}
     logits, texts = full_maps(pipe, PROMPT, seed=0, **settings)
     _, seen = attention(pipe, PROMPT, ["red"], **settings)
-    assert texts > 2 * vocabulary.LENGTH
+    assert texts > 2 * small.LENGTH
     conditional = logits[0][0][1:].softmax(-1)
     wanted = conditional[:, :, :texts, :texts].sum(-1).mean(-1)
     found = seen.quadrants.at(step=0, layer=0, quadrant=0).values

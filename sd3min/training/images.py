@@ -28,8 +28,8 @@ def batch(seed: str, size: int) -> Float[Tensor, "b 3 H W"]:
     return drawn((scenes.random_scene(rng) for _ in range(size)), rng)
 
 
-def crops(seed: str, size: int) -> Float[Tensor, "b 3 {CROP} {CROP}"]:
-    """A square out of each of some random seen scenes: more scenes for the same work."""
+def crops(seed: str, size: int) -> Float[Tensor, "b 3 h w"]:
+    """A square of CROP pixels out of each of some random seen scenes: more scenes for the work."""
     rng = random.Random(seed)
     pictures = [scenes.draw(scenes.random_scene(rng), rng) for _ in range(size)]
     found = []

@@ -147,7 +147,7 @@ class Sampler(Pipeline):
     ):
         self.mmdit, self.autoencoder, self.text_encoders = mmdit, autoencoder, text_encoders
         self.config, self.defaults = mmdit.config, opened.defaults
-        self.weights, self.loras = opened.fingerprint(), ()
+        self.weights, self.loras, self.kinds = opened.fingerprint(), (), {}
         self.device, self.dtype = mmdit.pos_embed.device, mmdit.pos_embed.dtype
 
 

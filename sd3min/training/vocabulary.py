@@ -50,17 +50,17 @@ def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def save_clip(folder: Path, pad: str) -> None:
+def save_clip(folder: Path, pad: str, length: int) -> None:
     """Write a CLIP tokenizer into a folder."""
     letters, merges = byte_letters(), learn_merges(WORDS)
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
     vocab = {token: i for i, token in enumerate([*tokens, START, END])}
     given: Any = merges  # transformers takes pairs and is annotated for texts
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=given, pad_token=pad, model_max_length=LENGTH)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=given, pad_token=pad, model_max_length=length)
     tokenizer.save_pretrained(folder)
 
 
-def save_t5(folder: Path) -> None:
+def save_t5(folder: Path, length: int) -> None:
     """Write a T5 tokenizer into a folder; it tells capitals, so every word may begin with one."""
     specials = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     words = [
@@ -69,13 +69,13 @@ def save_t5(folder: Path) -> None:
     ]
     letters = [("▁", -8.0), *((chr(code), -10.0) for code in range(33, 127))]
     T5Tokenizer(
-        vocab=[*specials, *words, *letters], extra_ids=0, model_max_length=LENGTH
+        vocab=[*specials, *words, *letters], extra_ids=0, model_max_length=length
     ).save_pretrained(folder)
 
 
-def save_tokenizers(folder: Path) -> None:
+def save_tokenizers(folder: Path, length: int = LENGTH) -> None:
     """Write CLIP-L's, CLIP-G's and T5's tokenizers into their folders."""
     clip_l, clip_g, t5 = (folder / name for name in FOLDERS)
-    save_clip(clip_l, pad=END)
-    save_clip(clip_g, pad="!")
-    save_t5(t5)
+    save_clip(clip_l, END, length)
+    save_clip(clip_g, "!", length)
+    save_t5(t5, length)
