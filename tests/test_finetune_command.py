@@ -89,6 +89,7 @@ def test_the_guides_command_runs_as_it_is_written(place, tmp_path, monkeypatch, 
     assert cli.main(["finetune", *shlex.split(text.replace("\\\n", " "))]) == 0
     said = capsys.readouterr()
     told = [line for line in said.err.splitlines() if line.startswith("sd3min:")]
+    told = [line for line in told if "did not see" not in line]  # the small model reads 16 tokens
     assert [re.search("report to wandb|uploaded|float16", line)[0] for line in told] == [
         "report to wandb",
         "uploaded",

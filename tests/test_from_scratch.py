@@ -23,7 +23,7 @@ def encoders_of(folder):
 def test_folding_in_the_scale_normalises_latents_and_keeps_pictures():
     """Up to the border, where the decoder's padding meant another value before."""
     torch.manual_seed(0)
-    autoencoder = Autoencoder(AutoencoderConfig((32, 32), 1)).eval()
+    autoencoder = Autoencoder(AutoencoderConfig((32, 32, 32, 32), 1)).eval()
     autoencoder.encoder.conv_out.bias.data[:16] += 0.7
     pictures = images.batch("some", 8)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_a_longest_caption_fits_the_text_encoders(tmp_path):
 def test_parts_of_a_batch_are_learnt_from_as_the_whole(tmp_path):
     """Of every stage: pictures, captions and draws do not depend on how the batch is cut."""
     encoders = encoders_of(tmp_path)
-    autoencoder = Autoencoder(AutoencoderConfig((32, 32), 1)).eval()
+    autoencoder = Autoencoder(AutoencoderConfig((32, 32, 32, 32), 1)).eval()
     latents = text_to_image.Latents(autoencoder, 8, tmp_path / "latents.pt", chunk=4)
     flow = text_to_image.TextToImage(small.mmdit(), encoders, latents, 4, 3.0)
     flow.compiled = flow.mmdit

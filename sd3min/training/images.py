@@ -58,10 +58,15 @@ class Reconstruction(Task):
         """Losses on pictures that the step decides."""
         images = crops(f"{self.name} {step}", self.size)[part]
         mean, logvar = (m.float() for m in self.autoencoder.moments(images))
-        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
+        noise = self.noise(mean, step, part)
         decoded = self.autoencoder.decoder(mean + torch.exp(0.5 * logvar) * noise)
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(dim=(1, 2, 3))
         return Losses(distance(decoded, images) + KL_WEIGHT * divergence)
+
+    def noise(self, latents: Tensor, step: int, part: slice) -> Tensor:
+        """Noise for latents of a part of a step's batch, cut out of the whole batch's."""
+        generator = torch.Generator().manual_seed(step)
+        return torch.randn((self.size, *latents.shape[1:]), generator=generator)[part]
 
 
 class Decoding(Reconstruction):
@@ -78,7 +83,7 @@ class Decoding(Reconstruction):
         images = batch(f"{self.name} {step}", self.size)[part]
         with torch.no_grad():
             mean, _ = self.autoencoder.moments(images)
-        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
+        noise = self.noise(mean, step, part)
         decoded = self.autoencoder.decoder(mean.float() + LATENT_NOISE * noise)
         return Losses(distance(decoded, images))
 
