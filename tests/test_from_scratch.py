@@ -23,7 +23,7 @@ def encoders_of(folder):
 def test_folding_in_the_scale_normalises_latents_and_keeps_pictures():
     """Up to the border, where the decoder's padding meant another value before."""
     torch.manual_seed(0)
-    autoencoder = Autoencoder(AutoencoderConfig((32, 32, 32, 32), 1)).eval()
+    autoencoder = Autoencoder(AutoencoderConfig((32, 32), 1)).eval()
     autoencoder.encoder.conv_out.bias.data[:16] += 0.7
     pictures = images.batch("some", 8)
     with torch.no_grad():
