@@ -337,7 +337,7 @@ def decoded(address):
 RECIPES = [
     Wanted("a red circle", 7, steps=2),
     Wanted(
-        '--it\'s "red" $X `x`\nand',
+        "--'\"$X`x`\na",
         7,
         width=48,
         height=64,
@@ -477,10 +477,15 @@ class Visit:
     def click_word(self, word):
         self.tab.get_by_role("radio", name=word, exact=True).first.check()
 
-    def sideways(self):
-        return self.tab.evaluate(
-            "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-        )
+    def beyond_the_edge(self):
+        """Parts that reach beyond the screen's sides, whether it scrolls there or cuts them off."""
+        return self.tab.evaluate("""() => [document.documentElement, ...document.querySelectorAll(
+            "main button, main input, main textarea, main label, main img, main p, main summary"
+          )].filter((part) => {
+            const box = part.getBoundingClientRect(), wide = document.documentElement;
+            return part === wide ? wide.scrollWidth > wide.clientWidth
+              : box.width && (box.right > wide.clientWidth + 1 || box.left < -1);
+          }).map((part) => part.outerHTML.slice(0, 80))""")
 
 
 @pytest.fixture
@@ -600,7 +605,7 @@ def test_a_phone_scrolls_one_way_and_the_dark_is_dark(visit, scheme):
     tab = visit(viewport={"width": 390, "height": 844}, color_scheme=scheme)
     tab.draw("a green circle below a red heart on white and a very long word " + "x" * 60, Steps=1)
     tab.drawn()
-    assert tab.sideways() == 0
+    assert tab.beyond_the_edge() == []
     ground = tab.tab.evaluate("getComputedStyle(document.body).backgroundColor")
     light = np.mean([int(value) for value in re.findall(r"\d+", ground)[:3]])
     assert (light > 200) == (scheme == "light") and (light < 60) == (scheme == "dark")
