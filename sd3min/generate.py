@@ -49,7 +49,19 @@ def add_gallery(parser: argparse.ArgumentParser) -> None:
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
-    """Options of what is loaded."""
+    """Options of what is loaded, and how."""
+    add_files(parser)
+    add_placement(parser)
+    folder = "keep prompts' embeddings, so that the next run of a prompt loads no text encoder"
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help=folder)
+    modes = (
+        "the plain networks through torch.compile: default, or max-autotune, which takes minutes"
+    )
+    parser.add_argument("--compile", metavar="MODE", help=modes)
+
+
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """Options of the files that are loaded."""
     add = parser.add_argument_group("weights").add_argument
     weights = "official files, folders or names on the hub, the last that holds a part counting"
     add("--weights", type=Path, nargs="+", metavar="PATH", help=f"{weights} (default: sd3-tiny)")
@@ -59,13 +71,6 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     add("--tokenizers", type=Path, metavar="FOLDER", help=tokenizers)
     lora = "file of a LoRA, and how much it counts (default: 1); may be given several times"
     add("--lora", type=options.lora, action="append", metavar="FILE:SCALE", help=lora)
-    add_placement(parser)
-    folder = "keep prompts' embeddings, so that the next run of a prompt loads no text encoder"
-    parser.add_argument("--cache", type=Path, metavar="FOLDER", help=folder)
-    modes = (
-        "the plain networks through torch.compile: default, or max-autotune, which takes minutes"
-    )
-    parser.add_argument("--compile", metavar="MODE", help=modes)
 
 
 def add_placement(parser: argparse.ArgumentParser) -> None:

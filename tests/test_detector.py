@@ -27,8 +27,6 @@ from sd3min.training.scenes import (
 
 SIDE = scenes.LAYOUT_SIZE
 GOOD = Verdict(True, True, True, True, True)
-EVERY_THING = [Thing(shape, colour) for shape in SHAPES for colour in COLOURS]
-EVERY_THING += [Thing(noun) for noun in OBJECTS]
 
 
 def clean(picture: Image.Image) -> Image.Image:
@@ -74,7 +72,7 @@ def wrong_colour(scene: Scene, rng: random.Random) -> Image.Image | None:
         return None
     index = rng.choice(places)
     noun = scene.things[index].noun
-    free = [t for t in EVERY_THING if t.noun == noun and is_free(scene, t)]
+    free = [t for t in scenes.THINGS if t.noun == noun and is_free(scene, t)]
     return scenes.draw(with_thing(scene, index, rng.choice(free)), rng)
 
 
@@ -142,9 +140,9 @@ def one_too_many(scene: Scene, rng: random.Random) -> Image.Image | None:
         return None
     if not scene.others:
         picture = scenes.draw(scene, rng)
-        scenes.paint(picture, rng.choice(EVERY_THING), (18, 18, 24))
+        scenes.paint(picture, rng.choice(scenes.THINGS), (18, 18, 24))
         return picture
-    free = [thing for thing in EVERY_THING if is_free(scene, thing)]
+    free = [thing for thing in scenes.THINGS if is_free(scene, thing)]
     vertical = scene.others[0][0] in VERTICAL
     other = (rng.choice(scenes.AXES[int(vertical)]), rng.choice(free))
     return scenes.draw(replace(scene, others=(*scene.others, other)), rng)
@@ -161,7 +159,7 @@ def noise(_: Scene, rng: random.Random) -> Image.Image:
 def blend(scene: Scene, rng: random.Random) -> Image.Image:
     """Half of a thing and half of another in its place."""
     index = rng.randrange(len(scene.things))
-    free = [thing for thing in EVERY_THING if is_free(scene, thing)]
+    free = [thing for thing in scenes.THINGS if is_free(scene, thing)]
     other, seed = with_thing(scene, index, rng.choice(free)), rng.random()
     pictures = [scenes.draw(s, random.Random(seed)) for s in (scene, other)]
     return Image.blend(*pictures, 0.5)
@@ -232,7 +230,7 @@ def test_pictures_of_something_else_are_wrong(spoil, count):
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_every_thing_is_found_on_every_background(background):
     rng = random.Random(2)
-    for one, two in zip(EVERY_THING[::2], EVERY_THING[1::2], strict=True):
+    for one, two in zip(scenes.THINGS[::2], scenes.THINGS[1::2], strict=True):
         scene = Scene(one, (("above", two),), background)
         assert judge(soft(scenes.draw(scene, rng)), scene) == GOOD, scene
         single = Scene(rng.choice([one, two]), (), background)

@@ -9,6 +9,7 @@ from torch import nn
 
 from sd3min.fast import kernels, native
 from sd3min.fast.linear import Int8Linear, packed
+from sd3min.fast.native import library as compiled
 
 WITHOUT_TILES = (*native.FLAGS, "-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8")
 B = torch.bfloat16
@@ -191,7 +192,7 @@ def test_rows_that_are_no_multiple_of_16_are_left_to_pytorch():
 
 def test_without_a_compiler_there_is_one_warning_and_pytorch(monkeypatch):
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    native.library.cache_clear()
+    compiled.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match=r"would do faster \(there is no C compiler\)"):
             assert not native.serves(random(3, 16))
@@ -199,7 +200,7 @@ def test_without_a_compiler_there_is_one_warning_and_pytorch(monkeypatch):
             warnings.simplefilter("error")
             assert kernels.gelu_(random(3, 16)).dtype == B
     finally:
-        native.library.cache_clear()
+        compiled.cache_clear()
 
 
 def test_a_rotation_is_its_own_inverse_and_spreads_a_large_value():

@@ -46,6 +46,13 @@ def test_speeds_are_the_measured_figures(figures):
     assert block("speed") == figures["speed_table"](measured)
 
 
+def test_the_cost_of_streaming_is_what_was_measured():
+    work = json.loads((ROOT / "tools" / "bench_stream.json").read_text())["work"]
+    sides = work["step 512"]
+    ratio = sides["stream"]["seconds"] / sides["fast"]["seconds"]
+    assert f"a step takes {ratio:.2f} times as long" in README
+
+
 def test_reading_cost_is_what_is_counted_now(figures):
     assert block("cost") == figures["cost_table"]()
 

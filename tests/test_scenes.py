@@ -19,9 +19,9 @@ from sd3min.training.scenes import (
     KINDS,
     MIRRORED,
     NOUNS,
-    OBJECTS,
     RELATIONS,
     SHAPES,
+    THINGS,
     UNSEEN_OBJECTS,
     VERTICAL,
     Scene,
@@ -31,8 +31,6 @@ from sd3min.training.scenes import (
 SIDE = scenes.LAYOUT_SIZE
 MOST_WORDS = 22  # what the encoders have room for, besides start and end
 CIRCLE, SQUARE, CAT = Thing("circle", "red"), Thing("square", "blue"), Thing("cat")
-THINGS = [Thing(shape, colour) for shape in SHAPES for colour in COLOURS]
-THINGS += [Thing(noun) for noun in OBJECTS]
 
 
 @st.composite

@@ -50,15 +50,13 @@ RANKS = {  # Table 1: over all settings, with 5 steps, with 50 steps
 SEEDS = 3
 DEPTH, LABEL_WIDTH = 3, 64
 TRAINED, VALIDATED = 4096, 256  # pictures
-THINGS = [scenes.Thing(shape, c) for shape in scenes.SHAPES for c in scenes.COLOURS]
-THINGS += [scenes.Thing(noun) for noun in scenes.OBJECTS]
 BACKGROUNDS = list(scenes.BACKGROUNDS)
 RECIPE = Recipe(steps=1500, learning_rate=1e-3, batch=64, warmup=100, average=0.99, save_every=500)
 
 
 def labels(wanted: Iterable[scenes.Scene]) -> Tensor:
     """Numbers of each scene's thing and background, [b, 2]."""
-    found = [(THINGS.index(s.first), BACKGROUNDS.index(s.background)) for s in wanted]
+    found = [(scenes.THINGS.index(s.first), BACKGROUNDS.index(s.background)) for s in wanted]
     return torch.tensor(found)
 
 
@@ -69,7 +67,7 @@ class Labelled(nn.Module):
         super().__init__()
         config = MMDiTConfig(DEPTH, context_width=LABEL_WIDTH, pooled_width=LABEL_WIDTH, grid=8)
         self.mmdit = MMDiT(config)
-        self.things = nn.Embedding(len(THINGS), LABEL_WIDTH)
+        self.things = nn.Embedding(len(scenes.THINGS), LABEL_WIDTH)
         self.backgrounds = nn.Embedding(len(BACKGROUNDS), LABEL_WIDTH)
         self.mmdit.pos_embed.copy_(position_table(config.width, 8, 128, 128))
         for name, parameter in self.mmdit.named_parameters():
@@ -112,7 +110,9 @@ class Labels(Task):
 def encoded(autoencoder: Autoencoder, seed: str, count: int) -> tuple[Tensor, Tensor]:
     """Latents and labels of random scenes of one thing."""
     rng = random.Random(seed)
-    wanted = [scenes.Scene(rng.choice(THINGS), (), rng.choice(BACKGROUNDS)) for _ in range(count)]
+    wanted = [
+        scenes.Scene(rng.choice(scenes.THINGS), (), rng.choice(BACKGROUNDS)) for _ in range(count)
+    ]
     chunks = [wanted[i : i + 64] for i in range(0, count, 64)]
     latents = [autoencoder.encode(drawn(chunk, rng)) for chunk in chunks]
     return torch.cat(latents), labels(wanted)
@@ -124,7 +124,9 @@ def measure(network: Labelled, autoencoder: Autoencoder, validation: tuple[Tenso
     latents, told = validation
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     losses = validation_losses(network.velocity(told), latents, noise)
-    wanted = [scenes.Scene(thing, (), BACKGROUNDS[i % 6]) for i, thing in enumerate(THINGS * 3)]
+    wanted = [
+        scenes.Scene(thing, (), BACKGROUNDS[i % 6]) for i, thing in enumerate(scenes.THINGS * 3)
+    ]
     start = torch.randn(
         (len(wanted), *latents.shape[1:]), generator=torch.Generator().manual_seed(1)
     )

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import sd3min
 from sd3min.pipeline import Pipeline, to_pictures
-from sd3min.text_encoders import Conditioning
+from sd3min.probes.ablation import ENCODERS, without_encoder
 from sd3min.training import captions, images, scenes
 from sd3min.training.detector import Verdict, judge
 
@@ -30,7 +30,6 @@ ASPECTS = ("count", "noun", "colour", "relation", "background", "right")
 GUIDANCE = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0)
 STEPS = (2, 4, 8, 12, 20, 28)
 FEW_STEPS = 8
-ENCODERS = ("clip_l", "clip_g", "t5")
 HALF = {"dtype": "bfloat16", "memory": "fast"}
 FORMS: dict[str, dict[str, Any]] = {
     "bfloat16": HALF,
@@ -88,21 +87,6 @@ def reconstruction(pipe: Pipeline, wanted: Sequence[scenes.Scene]) -> Figure:
     return {"psnr": psnr} | summary(wanted, verdicts)
 
 
-def leave_out(pipe: Pipeline, name: str) -> None:
-    """Put zeros in place of what one encoder says, as the training does."""
-    encoders = pipe.text_encoders
-    if name == "t5":
-        encoders.t5 = None
-        return
-    clip_rows, left_out = encoders.clip_rows, ENCODERS.index(name)
-
-    def rows(model: Any, index: int, prompts: Sequence[str], own: bool = True) -> Conditioning:
-        said = clip_rows(model, index, prompts, own)
-        return Conditioning(*(part * (index != left_out) for part in said))
-
-    encoders.clip_rows = rows
-
-
 def shuffle(pipe: Pipeline, name: str) -> None:
     """Shuffle every tensor of one encoder within itself."""
     generator = torch.Generator().manual_seed(0)
@@ -125,17 +109,21 @@ def figures_to_measure(weights: Path | None, count: int) -> dict[str, Callable[[
         plan[f"{name}, {FEW_STEPS} steps"] = partial(rendered, pipe, wanted, steps=FEW_STEPS)
     plan["whole"] = partial(rendered, pipe, few)
 
-    def changed(change: Callable[[Pipeline, str], None], name: str) -> Figure:
+    def left_out(name: str) -> Figure:
+        with without_encoder(pipe, name):
+            return rendered(pipe, few)
+
+    def shuffled(name: str) -> Figure:
         other = sd3min.load(weights)
-        change(other, name)
+        shuffle(other, name)
         return rendered(other, few)
 
     def in_form(how: dict[str, Any]) -> Figure:
         return rendered(sd3min.load(weights, **how), few)
 
     for name in ENCODERS:
-        plan[f"without/{name}"] = partial(changed, leave_out, name)
-        plan[f"shuffled/{name}"] = partial(changed, shuffle, name)
+        plan[f"without/{name}"] = partial(left_out, name)
+        plan[f"shuffled/{name}"] = partial(shuffled, name)
     for steps in STEPS:
         plan[f"steps/{steps}"] = partial(rendered, pipe, fewer, steps=steps)
     for scale in GUIDANCE:

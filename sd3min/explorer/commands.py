@@ -9,6 +9,7 @@ from typing import Any
 
 from sd3min import loading, options
 from sd3min.config import Refusal
+from sd3min.generate import add_files
 
 LOOPBACK = "127.0.0.1"
 
@@ -16,15 +17,8 @@ LOOPBACK = "127.0.0.1"
 def add_explore(parser: argparse.ArgumentParser) -> None:
     """The options of `sd3min explore`."""
     parser.set_defaults(run=run_explore)
-    add = parser.add_argument_group("weights").add_argument
-    weights = "official files, folders or names on the hub (default: sd3-tiny)"
-    add("--weights", type=Path, nargs="+", metavar="PATH", help=weights)
-    encoders = "files of encoders that --weights lacks"
-    add("--text-encoders", type=Path, nargs="+", metavar="PATH", help=encoders)
-    tokenizers = "holds tokenizer, tokenizer_2, tokenizer_3 (default: beside the weights)"
-    add("--tokenizers", type=Path, metavar="FOLDER", help=tokenizers)
-    lora = "file of a LoRA, and how much it counts (default: 1); may be given several times"
-    add("--lora", type=options.lora, action="append", metavar="FILE:SCALE", help=lora)
+    add_files(parser)
+    add = parser.add_argument
     add("--no-t5", action="store_true", help="leave T5 out: zeros in its place")
     add("--dtype", help="float32, bfloat16 or float16")
     add("--device", help="cpu, cuda, …")

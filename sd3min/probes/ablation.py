@@ -51,11 +51,8 @@ def without_encoder(pipe: Pipeline, *names: str) -> Iterator[None]:
         if name not in ENCODERS:
             raise Refusal(f"{name!r} is not one of the encoders {', '.join(ENCODERS)}")
     encoders: Any = plain(pipe)[1]
-    clips = encoders.clip_l.config, encoders.clip_g.config
-    widths = [config.hidden_size for config in clips]
-    layout = Layout(*widths, rows=clips[0].max_position_embeddings)
     kept = torch.tensor([[float(each not in names) for each in ENCODERS]])
-    encoders.encode = partial(silent, encoders.encode, layout, kept)
+    encoders.encode = partial(silent, encoders.encode, Layout.heard(encoders), kept)
     try:
         yield
     finally:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from sd3min import options
 from sd3min.config import Refusal
+from sd3min.training.objective import SCHEMES
 from sd3min.training.peer_options import add_peer_options
-
-SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
+from sd3min.training.recipe import PRECISIONS
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
@@ -145,8 +145,8 @@ def add_reports(parser: argparse.ArgumentParser) -> None:
 
 def precision(asked: str, cuda: bool) -> str:
     """The precision as accelerate names it, refused if unknown; float16 needs a GPU."""
-    if asked not in ("bf16", "fp16", "no"):
-        raise Refusal(f"precision {asked} is not one of bf16, fp16, no")
+    if asked not in PRECISIONS:
+        raise Refusal(f"precision {asked} is not one of {', '.join(PRECISIONS)}")
     if asked == "fp16" and not cuda and is_first():
         warnings.warn("float16 is slow and coarse on a CPU: training in bf16 instead", stacklevel=2)
     return "bf16" if asked == "fp16" and not cuda else asked

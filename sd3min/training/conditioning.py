@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 
 from sd3min.config import CLIPConfig
-from sd3min.text_encoders import Conditioning
+from sd3min.text_encoders import Conditioning, TextEncoders
 
 
 class Layout(NamedTuple):
@@ -21,6 +21,12 @@ class Layout(NamedTuple):
     def of(cls, clip_l: CLIPConfig, clip_g: CLIPConfig) -> "Layout":
         """The layout of encoders of these sizes."""
         return cls(clip_l.width, clip_g.width, clip_l.length)
+
+    @classmethod
+    def heard(cls, encoders: TextEncoders) -> "Layout":
+        """The layout of what encoders say."""
+        clip_l, clip_g = encoders.clip_l.config, encoders.clip_g.config
+        return cls(clip_l.hidden_size, clip_g.hidden_size, clip_l.max_position_embeddings)
 
 
 def leave_out(

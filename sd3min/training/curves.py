@@ -16,8 +16,8 @@ def smoothed(values: list[float]) -> np.ndarray:
 
 
 def draw(log: Path, path: Path) -> None:
-    """Draw the losses of a `metrics.jsonl`: on the whole, and by time
-    where they are told so; and the validation's."""
+    """Draw the losses of a `metrics.jsonl`: on the whole, by time where they are told so, and the
+    validation's."""
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in log.read_text().splitlines()]

@@ -20,9 +20,8 @@ from sd3min.training.scenes import (
     COLOURS,
     LAYOUT_SIZE,
     NOUNS,
-    OBJECTS,
     OVERSAMPLING,
-    SHAPES,
+    THINGS,
     Scene,
     Thing,
     paint,
@@ -203,8 +202,7 @@ def _template(thing: Thing, background: str) -> np.ndarray:
 @functools.cache
 def _templates(background: str, extra: tuple[str, ...]) -> tuple[list[Thing], np.ndarray]:
     """All that may be found on a background, and the templates."""
-    things = [Thing(shape, colour) for shape in SHAPES for colour in COLOURS]
-    things += [Thing(noun) for noun in (*OBJECTS, *extra)]
+    things = THINGS + [Thing(noun) for noun in extra]
     return things, np.stack([_template(thing, background) for thing in things])
 
 

@@ -115,7 +115,6 @@ def assemble(
     settings = {"sd3min.defaults": json.dumps(dataclasses.asdict(plan.defaults))}
     path = folder / f"{folder.name}.safetensors"
     with records.whole(path) as part:
-        part.unlink(missing_ok=True)  # of a run that was killed here
         save_parts(modules, part, torch.float16, settings)
     return path
 

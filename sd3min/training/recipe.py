@@ -11,7 +11,7 @@ PRECISIONS = ("bf16", "fp16", "no")  # as accelerate names them; "no" is float32
 @dataclass(frozen=True)
 class Recipe:
     """How long, how fast and how carefully to train; the optimizer is AdamW, with ε as in the paper
-    (App. B.3). Raises Refusal where a value makes no sense.
+    (§5.3.2). Raises Refusal where a value makes no sense.
     """
 
     steps: int

@@ -5,7 +5,6 @@ A file is written whole or not at all, so that a run can be killed at any moment
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from sd3min.config import Refusal
 from sd3min.training import curves
+from sd3min.training.objective import LossByTime
 
 
 @contextlib.contextmanager
@@ -27,6 +27,7 @@ def whole(path: Path) -> Iterator[Path]:
     """
     part = path.with_name(f".{path.name}.part")
     try:
+        part.unlink(missing_ok=True)  # of a run that was killed here
         yield part
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch's writer makes the one into the other
@@ -42,9 +43,10 @@ def whole(path: Path) -> Iterator[Path]:
 
 def by_time(values: Tensor, times: Tensor, bins: int = 4) -> dict[str, float]:
     """Mean loss of the examples whose time lies in each of some equal bins from 0 to 1."""
-    index = (times * bins).long().clamp(max=bins - 1)
-    means = {i: values[index == i].double().mean().item() for i in range(bins)}
-    return {f"loss_t{i / bins:g}": mean for i, mean in means.items() if not math.isnan(mean)}
+    gathered = LossByTime(bins)
+    gathered.add(values, times)
+    means = enumerate(gathered.means())
+    return {f"loss_t{i / bins:g}": mean for i, mean in means if mean is not None}
 
 
 def make(folder: Path) -> None:

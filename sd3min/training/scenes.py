@@ -105,6 +105,10 @@ class Thing:
         return f"{self.colour} {self.noun}" if self.colour else self.noun
 
 
+THINGS = [Thing(shape, colour) for shape in SHAPES for colour in COLOURS]
+THINGS += [Thing(noun) for noun in OBJECTS]
+
+
 @dataclass(frozen=True)
 class Scene:
     """A thing on a plain background, and at most two others, each with where the first lies from

@@ -120,9 +120,8 @@ def encode(
     clip, pooled = encoders.both_clips(heard)
     with torch.no_grad():
         t5 = encoders.t5_rows(said(wanted), encoders.t5_length)
-    clip_l, clip_g = encoders.clip_l.config, encoders.clip_g.config
-    layout = Layout(clip_l.hidden_size, clip_g.hidden_size, clip_l.max_position_embeddings)
-    return leave_out(layout, Conditioning(torch.cat([clip, t5.to(clip)], dim=1), pooled), kept)
+    told = Conditioning(torch.cat([clip, t5.to(clip)], dim=1), pooled)
+    return leave_out(Layout.heard(encoders), told, kept)
 
 
 class TextToImage(Task):

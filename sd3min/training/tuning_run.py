@@ -268,11 +268,9 @@ def run(arguments: argparse.Namespace) -> Path:
         if arguments.class_data:
             pictures = class_pictures(bench.pipe, arguments, bench.side)
             materials.append(bench.material(pictures, arguments.prior_weight))
-        held = (
-            bench.material(read_folder(arguments.validation_data, arguments.prompt))
-            if (arguments.validation_data)
-            else None
-        )
+        held = None
+        if arguments.validation_data:
+            held = bench.material(read_folder(arguments.validation_data, arguments.prompt))
         bench.remember([*(arguments.sample or []), ""])
         if state.is_main_process:
             keep_options(arguments, bench, materials)
@@ -329,7 +327,6 @@ def save(task: FineTuning, folder: Path) -> Path:
     """Write the LoRA, or what was trained in the layout of an official file."""
     path = result(task, folder)
     with records.whole(path) as part:
-        part.unlink(missing_ok=True)  # of a run that was killed here
         if task.lora is not None:
             lora.save(task.lora, part)
         else:
