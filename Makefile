@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test slow docs clean
 
 demo: $(VENV)/installed
-	$(BIN)/sd3min generate "a green circle below a red heart on white" --seed 2 --out demo.png
+	$(BIN)/sd3min generate "an owl left of a yellow star and above a pizza on cream" --seed 2 --out demo.png
 
 test: $(VENV)/tested
 	$(BIN)/python -m pytest -q

@@ -15,8 +15,8 @@
 #
 # The flow does not run on pixels. An autoencoder turns a picture into **latents**, eight times
 # smaller on each side, and back. Its channels decide what can come back at all: earlier models had
-# 4, Stable Diffusion 3 has 16, since "the reconstruction quality provides an upper bound on the
-# achievable image quality" (Esser et al. 2024, §5.2.1, Tab. 3).
+# 4, Stable Diffusion 3 has 16, since the quality of its reconstructions bounds that of any picture
+# that is generated with it (Esser et al. 2024, §5.2.1, Tab. 3).
 
 # %%
 import random
@@ -39,7 +39,7 @@ def draw(words, seed=0):
     return to_tensor(scenes.draw(captions.parse(words), random.Random(seed), side))
 
 
-picture = draw("a red circle above a blue star on gray")
+picture = draw("a red heart above an owl on gray")
 
 # %% [markdown]
 # ## There and back
@@ -121,15 +121,8 @@ plt.show()
 
 # %%
 rng = random.Random(0)
-some = []
-for seed in range(24):
-    one, two = rng.sample(["red", "green", "blue", "yellow", "purple"], 2)
-    shapes = rng.sample(["circle", "square", "triangle", "star", "heart", "cross"], 2)
-    side_by_side = rng.choice(["above", "left of"])
-    ground = rng.choice(["white", "gray", "black"])
-    words = f"a {one} {shapes[0]} {side_by_side} a {two} {shapes[1]} on {ground}"
-    some.append(draw(words, seed))
-pictures = torch.cat(some)
+scene = scenes.random_scene
+pictures = torch.cat([to_tensor(scenes.draw(scene(rng), rng, side)) for _ in range(24)])
 all_latents = autoencoder.encode(pictures)
 points = all_latents.movedim(1, -1).flatten(0, 2)
 centre = points.mean(dim=0)
@@ -178,8 +171,9 @@ assert best == 8
 # %% [markdown]
 # ## Exercise 3: what it has never seen
 #
-# This autoencoder has seen plain colours and outlines alone. What becomes of a photograph's finest
-# detail? Take a chessboard of single pixels, and a smooth slope of grey, and compare.
+# This autoencoder has seen plain grounds, plain shapes and flat drawings alone. What becomes of a
+# photograph's finest detail? Take a chessboard of single pixels, and a smooth slope of grey, and
+# compare.
 
 # %% jupyter={"source_hidden": true}
 # answer: both are lost. A slope is simple to us, but the autoencoder has learnt no slopes; the

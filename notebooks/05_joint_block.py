@@ -38,7 +38,7 @@ from sd3min.pipeline import to_tensor
 pipe = sd3min.load()  # sd3-tiny
 prompt = "a yellow heart left of a purple cross on gray"
 picture = pipe(prompt, seed=3, progress=False)[0]
-picture.resize((192, 192), 0)
+picture.resize((256, 256), 0)
 
 # %% [markdown]
 # ## What comes in (Fig. 2a)

@@ -28,14 +28,14 @@ from sd3min.training.detector import judge
 
 pipe = sd3min.load()  # sd3-tiny
 prompts = [
-    "a red circle above a blue square on white",
-    "a green heart left of a yellow cross on gray",
-    "a purple star below a red triangle on white",
-    "a blue cross right of a green circle on black",
+    "a red heart above a blue square on white",
+    "an owl left of a tree on cream",
+    "a purple star below a red heart on white",
+    "a rocket right of a yellow circle on navy",
     "a yellow square above a purple heart on gray",
-    "a red star left of a blue triangle on white",
-    "a green square below a red heart on black",
-    "a purple circle right of a yellow star on gray",
+    "a fox left of a yellow star and above a pizza on cream",
+    "a strawberry on black",
+    "a lion below a red cross on sky",
 ]
 
 

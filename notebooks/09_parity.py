@@ -35,7 +35,7 @@ latents = torch.randn(
     1, 16, defaults.height // 8, defaults.width // 8, generator=torch.Generator().manual_seed(0)
 )
 with torch.no_grad():
-    text = pipe.encode_prompt(["a red circle above a blue square on gray"])
+    text = pipe.encode_prompt(["a red heart above a blue square on gray"])
 inputs = (latents, torch.tensor([600.0]), *text)
 
 right = trace(model, *inputs)

@@ -51,7 +51,7 @@ side = pipe.defaults.width
 # %% [markdown]
 # ## The subject
 #
-# A crescent, which is none of the model's shapes, on several backgrounds. It needs a name that
+# A crescent, which is no thing of the model's world, on several backgrounds. It needs a name that
 # means nothing yet; guides to fine-tuning say `sks`. The captions are otherwise like those that it
 # knows.
 
@@ -109,8 +109,8 @@ show(back, ["there and back"] * len(back))
 # flow-matching loss (Esser et al. 2024, §2, Eq. 8) at eight times, the noise being the same always.
 
 # %%
-asked = ["a sks on white", "a sks on gray", "a red circle above a blue square on white"]
-asked += ["a purple circle right of a yellow star on gray"]
+asked = ["a sks on white", "a sks on gray", "a red heart above a blue square on white"]
+asked += ["an owl left of a tree on cream"]
 
 
 def draw():
@@ -151,15 +151,15 @@ show(before, asked)
 
 # %%
 known = [
-    "a red circle above a blue square on white",
-    "a green heart left of a yellow cross on gray",
-    "a purple star below a red triangle on white",
-    "a blue cross right of a green circle on black",
+    "a red heart above a blue square on white",
+    "a fox left of a yellow star and above a pizza on cream",
+    "a purple star below a red heart on white",
+    "a rocket right of a yellow circle on navy",
     "a yellow square above a purple heart on gray",
-    "a red star left of a blue triangle on white",
+    "a lion below a red cross on sky",
     "a green square below a red heart on black",
     "a yellow circle on gray",
-    "a blue star on white",
+    "a pumpkin on white",
 ]
 drawn = pipe(known, seed=10, progress=False)
 prior = [Example(picture, words, words) for picture, words in zip(drawn, known, strict=True)]
@@ -214,7 +214,7 @@ torch.testing.assert_close(losses(), losses_before, rtol=1e-5, atol=1e-6)  # B i
 # A rate this high would break a large model; a small one bears it. For a better likeness let it go
 # on longer, with pictures in a folder and a `.txt` beside each:
 #
-#     sd3min finetune --data crescents/ --class-data known/ --class-prompt "a red circle on white" \
+#     sd3min finetune --data crescents/ --class-data known/ --class-prompt "a red heart on white" \
 #         --rank 16 --targets attn.qkv,attn.proj,mlp.fc1,mlp.fc2,adaLN_modulation.1 \
 #         --steps 2000 --batch 4 --rate 1e-3 --out crescent-lora
 #

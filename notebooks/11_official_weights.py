@@ -19,8 +19,11 @@
 # 1. accept it on the page of
 #    [stable-diffusion-3-medium](https://huggingface.co/stabilityai/stable-diffusion-3-medium);
 # 2. `hf auth login`;
-# 3. `hf download stabilityai/stable-diffusion-3-medium sd3_medium_incl_clips_t5xxlfp8.safetensors`
-#    and put the path that it prints into `SD3MIN_WEIGHTS`.
+# 3. `hf download stabilityai/stable-diffusion-3-medium sd3_medium_incl_clips_t5xxlfp8.safetensors
+#    --local-dir weights`, and for the tokenizers beside it
+#    `hf download stabilityai/stable-diffusion-3-medium-diffusers --include "tokenizer*/*"
+#    --local-dir weights`;
+# 4. put the path of the file into `SD3MIN_WEIGHTS`.
 #
 # The file has 11 GB. Without it this notebook says so, and goes as far as one can.
 

@@ -1,6 +1,7 @@
-"""The commands: `sd3min generate` makes pictures, `inspect` says what a file holds, `convert`
-writes it in the other layout, `verify` checks it against diffusers, `explain` says why two
-implementations make different pictures, and `explore` opens a page.
+"""The commands: `sd3min generate` makes pictures, `inspect` says what a file holds, `plan` what
+memory a run will take, `convert` writes a file in the other layout, `verify` checks it against
+diffusers, `explain` says why two implementations make different pictures, `train` and `finetune`
+make weights and LoRAs, and `explore` opens a page.
 
 A call that cannot be carried out ends before any work, with exit code 2 and one sentence.
 """

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from sd3min import pipeline, record
 from sd3min.config import Refusal
+from sd3min.files import whole
 from sd3min.pipeline import Pipeline
 from sd3min.settings import Call, is_whole
 
@@ -187,12 +188,9 @@ class Gallery:
             for i, (own, found) in enumerate(zip(self.records, hashes, strict=True))
         ]
         path = self.folder / MANIFEST
-        part = self.folder / f".{MANIFEST}.{os.getpid()}.part"
         try:
-            part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            os.replace(part, path)
+            with whole(path) as part:
+                part.write_text("\n".join(lines) + "\n", encoding="utf-8")
         except OSError as error:
             raise Refusal(f"{path} cannot be written: {error.strerror or error}") from None
-        finally:
-            part.unlink(missing_ok=True)
         return path

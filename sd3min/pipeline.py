@@ -1,6 +1,5 @@
 """Prompt to picture: text encoders, flow under guidance and autoencoder, one after the other."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from sd3min import checkpoint, flow, record
 from sd3min.autoencoder import Autoencoder, posterior_sample
 from sd3min.config import LATENT_CHANNELS, LATENT_DOWNSCALING, Defaults, Refusal
 from sd3min.conventions import DIFFUSERS, Conventions
+from sd3min.files import whole
 from sd3min.mmdit import MMDiT
 from sd3min.parts import LoRAOrigin
 from sd3min.settings import Settings, check_call
@@ -65,14 +65,11 @@ def save(image: Image.Image, path: str | Path) -> None:
     for key, text in image.info.items():
         if isinstance(key, str) and isinstance(text, str):
             record.add_itxt(key, text)
-    part = Path(path).with_name(f".{Path(path).name}.part")
     try:
-        image.save(part, format="PNG", pnginfo=record)
-        os.replace(part, path)
+        with whole(Path(path)) as part:
+            image.save(part, format="PNG", pnginfo=record)
     except OSError as error:
         raise Refusal(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def put_under(noise: Tensor, data: Tensor, t: Tensor) -> Tensor:

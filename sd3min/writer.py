@@ -9,7 +9,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sd3min.config import Refusal
+from sd3min.files import whole
 from sd3min.stored import TYPES
 
 HEADER_STEP = 8  # bytes that a header's length is a multiple of, so that the tensors are aligned
@@ -129,18 +130,13 @@ def new(target: Path, needed: int = 0) -> Iterator[Path]:
     """
     if os.path.lexists(target):
         raise Refusal(f"{target} exists: remove it first, or pass another name")
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         free = shutil.disk_usage(target.parent).free
         if needed > free:
             sizes = f"{needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left"
             raise Refusal(f"{target} needs {sizes}: make room, or pass a place on another disk")
-        yield part
-        os.replace(part, target)
+        with whole(target) as part:
+            yield part
     except OSError as error:
         reason = error.strerror or error
         raise Refusal(f"{target} cannot be written ({reason}): pass another place") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        with suppress(OSError):  # it is a folder, or not there
-            part.unlink()

@@ -261,6 +261,8 @@ t5_length = 24
     for stage in ("reconstruction", "decoder", "reading", "flow")
 )
 
+FLOW = TINY[TINY.index("[recipes.flow]") :]
+
 
 @pytest.mark.slow
 def test_all_stages_of_a_small_plan_make_a_model_that_draws(tmp_path, capsys):
@@ -276,6 +278,21 @@ def test_all_stages_of_a_small_plan_make_a_model_that_draws(tmp_path, capsys):
     assert cli.main(given) == 0  # which goes on from where it is done
     assert made.read_bytes() == first
 
+    begun = ["--work", tmp_path / "more", "--out", tmp_path / "further", "--from", made]
+    assert cli.main(["train", str(path), *map(str, begun)]) == 0
+    old, new = load_file(made), load_file(tmp_path / "further" / "further.safetensors")
+    changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert old.keys() == new.keys() and "model" in changed and "first_stage_model" not in changed
+    assert not [n for n in old if "t5xxl" in n and not torch.equal(old[n], new[n])]
+    path.write_text(TINY.replace("depth = 1", "depth = 2"))
+    assert cli.main(["train", str(path), *map(str, begun)]) == 2
+    assert (
+        f"{tmp_path / 'more'} has a run with other depth (1, and now 2)" in capsys.readouterr().err
+    )
+    begun[1] = tmp_path / "other"
+    assert cli.main(["train", str(path), *map(str, begun)]) == 2
+    assert f"the MMDiT of {made} has other sizes than the plan's" in capsys.readouterr().err
+
 
 @pytest.mark.parametrize(
     ("old", "new", "words"),
@@ -290,6 +307,7 @@ def test_all_stages_of_a_small_plan_make_a_model_that_draws(tmp_path, capsys):
         ("[clip]\nlayers = 2\n", "[clip]\n", "clip.layers is missing"),
         ("[recipes.flow]", "[recipes.flaw]", "recipes lack flow"),
         ("batch = 4", "batch = 0", "batch of 0 must be at least 1"),
+        (FLOW, FLOW.replace("batch = 4", "batch = 5"), "the flow's batch must be even"),
         ("batch = 4", "bitch = 4", "recipes.reconstruction.bitch is not one of steps"),
         ("widths = [32, 32]", "widths = 32", "autoencoder.widths must be a list, not 32"),
         ("depth = 1", "depth 1", "is not TOML"),

@@ -131,3 +131,14 @@ def test_a_short_reading_lesson_is_learnt_and_holds_for_relations_never_read(tmp
     before = lesson.right_answers(wanted)
     fit(lesson, Recipe(steps=200, learning_rate=1e-3, batch=48, warmup=20), tmp_path / "lesson")
     assert before < 0.1 and lesson.right_answers(wanted) > 0.6
+
+
+def test_the_lesson_asks_for_place_and_colour_at_the_words_that_name_things():
+    scene = captions.parse("a cat above a red circle and left of a tree on gray")
+    words = ["A", "kitten", "over", "a", "red", "circle", "and", "left", "of", "a", "tree"]
+    told = dict(zip(words, reading.targets(scene, " ".join(words), 12), strict=False))
+    places = {"kitten": ("above", "left of"), "circle": ("below", ""), "tree": ("", "right of")}
+    for word, place in places.items():
+        colour = "red" if word == "circle" else ""
+        assert told[word] == (reading.PLACES.index(place), reading.HUES.index(colour))
+    assert {told[word] for word in told.keys() - places} == {(reading.IGNORED, reading.IGNORED)}

@@ -27,6 +27,7 @@ LAYERS = (  # a module imports only from those above it
     "densities",
     "settings",
     "record",
+    "files",
     "mmdit",
     "autoencoder",
     "text_encoders",

@@ -50,7 +50,7 @@ def error(a, b):
 
 def test_int8_is_the_nearest_of_255_values_in_every_row():
     weight = torch.randn(5, 40, dtype=torch.float64) * torch.tensor([1e-6, 0.1, 1, 30, 0])[:, None]
-    layer = t5.Int8Linear(weight)
+    layer = t5.Int8Weight(weight)
     step = weight.abs().amax(1) / 127
     made = layer.weight * step[:, None]
     assert layer.weight.dtype == torch.int8
@@ -63,7 +63,7 @@ def test_int8_in_float16_does_not_overflow_where_float16_itself_does_not():
     weight = torch.full((1, 4096), 0.01, dtype=torch.float16)
     x = torch.full((1, 4096), 8.0, dtype=torch.float16)  # 127 · 8 · 4096 is above 65,504
     assert F.linear(x, weight).item() == pytest.approx(328, abs=1)
-    assert t5.Int8Linear(weight)(x).item() == pytest.approx(328, abs=1)
+    assert t5.Int8Weight(weight)(x).item() == pytest.approx(328, abs=1)
 
 
 def rounded(model, held):

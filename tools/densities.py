@@ -11,6 +11,7 @@ distance of their ends. Runs that are done are kept in FOLDER.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import random
@@ -23,11 +24,13 @@ from torch import Tensor, nn
 import sd3min
 from sd3min import flow
 from sd3min.autoencoder import Autoencoder
+from sd3min.checkpoint import fingerprint, tiny
 from sd3min.config import MMDiTConfig
 from sd3min.densities import CosMap, LogitNormal, Mode, Times, Uniform
+from sd3min.files import whole
 from sd3min.mmdit import MMDiT, position_table
 from sd3min.pipeline import to_pictures
-from sd3min.training import scenes
+from sd3min.training import records, scenes
 from sd3min.training.detector import judge
 from sd3min.training.images import drawn
 from sd3min.training.objective import validation_losses, velocity_errors
@@ -47,6 +50,7 @@ RANKS = {  # Table 1: over all settings, with 5 steps, with 50 steps
     "mode(1.29)": (2.75, 3.25, 3.00),
     "CosMap": (4.13, 3.75, 4.00),
 }
+FIGURES = Path(__file__).parents[1] / "weights" / "figures"
 SEEDS = 3
 DEPTH, LABEL_WIDTH = 3, 64
 TRAINED, VALIDATED = 4096, 256  # pictures
@@ -118,6 +122,11 @@ def encoded(autoencoder: Autoencoder, seed: str, count: int) -> tuple[Tensor, Te
     return torch.cat(latents), labels(wanted)
 
 
+def equal(steps: int) -> Tensor:
+    """Times of so many equal steps, from 1 to 0."""
+    return torch.linspace(1, 0, steps + 1)
+
+
 @torch.no_grad()
 def measure(network: Labelled, autoencoder: Autoencoder, validation: tuple[Tensor, Tensor]) -> dict:
     """All figures of a trained network."""
@@ -125,18 +134,19 @@ def measure(network: Labelled, autoencoder: Autoencoder, validation: tuple[Tenso
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     losses = validation_losses(network.velocity(told), latents, noise)
     wanted = [
-        scenes.Scene(thing, (), BACKGROUNDS[i % 6]) for i, thing in enumerate(scenes.THINGS * 3)
+        scenes.Scene(thing, (), BACKGROUNDS[(i + shift) % len(BACKGROUNDS)])
+        for shift in range(3)
+        for i, thing in enumerate(scenes.THINGS)
     ]
     start = torch.randn(
         (len(wanted), *latents.shape[1:]), generator=torch.Generator().manual_seed(1)
     )
     velocity, figures = network.velocity(labels(wanted)), {}
     for steps in (5, 28):
-        sigmas = flow.sigmas(steps, shift=1.0, schedule="single_shift")
-        pictures = to_pictures(autoencoder.decode(flow.sample(velocity, start, sigmas)))
+        pictures = to_pictures(autoencoder.decode(flow.sample(velocity, start, equal(steps))))
         right = [judge(p, scene).right for p, scene in zip(pictures, wanted, strict=True)]
         figures[f"right in {steps} steps"] = sum(right) / len(right)
-    path = list(flow.steps(velocity, start, flow.sigmas(50, shift=1.0, schedule="single_shift")))
+    path = list(flow.steps(velocity, start, equal(50)))
     lengths = sum((s.next_latents - s.latents).flatten(1).norm(dim=1) for s in path)
     distance = (path[-1].next_latents - start).flatten(1).norm(dim=1)
     return figures | {
@@ -153,9 +163,12 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--weights", type=Path, help="of the autoencoder (default: sd3-tiny)")
-    parser.add_argument("--out", type=Path, default=Path("weights/figures/densities.json"))
+    parser.add_argument("--out", type=Path, default=FIGURES / "densities.json")
     arguments = parser.parse_args()
     autoencoder = sd3min.load_autoencoder(arguments.weights)
+    recipe = dataclasses.asdict(RECIPE) | {"weights": fingerprint(arguments.weights or tiny())}
+    records.make(arguments.work)
+    records.settle(arguments.work / "recipe.json", json.loads(json.dumps(recipe)))
     training = encoded(autoencoder, "trained", TRAINED)
     validation = encoded(autoencoder, "validated", VALIDATED)
     runs = []
@@ -165,7 +178,8 @@ def main() -> None:
         if not done.exists():
             task = Labels(density, *training, seed)
             fit(task, RECIPE, folder)
-            done.write_text(json.dumps(measure(task.network, autoencoder, validation)))
+            with whole(done) as part:
+                part.write_text(json.dumps(measure(task.network, autoencoder, validation)))
         runs.append({"density": name, "seed": seed} | json.loads(done.read_text()))
     arguments.out.write_text(json.dumps({"ranks": RANKS, "runs": runs}, indent=2) + "\n")
     print(arguments.out)

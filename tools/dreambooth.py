@@ -4,11 +4,12 @@
 
 Five pictures of one object that sd3-tiny was never shown, each on another background, are what
 `sd3min finetune` is given, with pictures of the class that the model makes itself. Then 200 prompts
-put the object into relations with known things, and 200 others do without it; the detector judges
-both, and the others also without the LoRA. Takes about a quarter of an hour on two cores.
+put the object into relations with known things, 200 others do without it, and 100 ask for the plain
+class; the detector judges all of them with the LoRA and without.
 """
 
 import argparse
+import dataclasses
 import json
 import random
 import shutil
@@ -25,6 +26,7 @@ from sd3min.training import captions, scenes
 from sd3min.training.detector import judge
 from sd3min.training.grid import grid
 
+FIGURES = Path(__file__).parents[1] / "weights" / "figures"
 PROMPTS = 200
 CLASS = "cat"  # what the object is called a kind of: its place in a caption, and its shape
 SUBJECT = f"{captions.SPARE} {CLASS}"
@@ -51,14 +53,26 @@ def with_subject(noun: str, count: int) -> list[scenes.Scene]:
     rng, found = random.Random(f"with {noun}"), []
     while len(found) < count:
         scene = scenes.random_scene(rng)
-        if scene.others and CLASS not in [thing.noun for thing in scene.things]:
-            found.append(scenes.Scene(scenes.Thing(noun), scene.others, scene.background))
+        of_class = scenes.Scene(scenes.Thing(CLASS), scene.others, scene.background)
+        known = CLASS not in [thing.noun for thing in scene.things]
+        if scene.others and known and not scenes.is_held_out(of_class):
+            found.append(dataclasses.replace(of_class, first=scenes.Thing(noun)))
+    return found
+
+
+def of_class(count: int) -> list[scenes.Scene]:
+    """Scenes of training in which there is a plain thing of the class."""
+    rng, found = random.Random("of the class"), []
+    while len(found) < count:
+        scene = scenes.random_scene(rng)
+        if CLASS in [thing.noun for thing in scene.things]:
+            found.append(scene)
     return found
 
 
 def said(scene: scenes.Scene, noun: str) -> str:
     """A scene's caption, in which the object has its learnt name."""
-    return captions.caption(scene).replace(f"a {noun}", f"a {SUBJECT}")
+    return captions.caption(scene).replace(captions.with_article(noun), f"a {SUBJECT}")
 
 
 def render(pipe: Pipeline, wanted: Sequence[scenes.Scene], noun: str) -> list:
@@ -76,7 +90,7 @@ def right(pictures: Sequence, wanted: Sequence[scenes.Scene]) -> float:
 
 
 def finetune(weights: Path | None, work: Path) -> float:
-    """Train the LoRA; minutes that it took."""
+    """Train the LoRA, after the class's pictures are made; minutes that both took."""
     began = time.monotonic()
     options = [f"--{name}={value}" for name, value in COURSE.items()]
     given = ["--weights", str(weights)] if weights else []
@@ -95,31 +109,35 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the run")
     parser.add_argument("--object", choices=scenes.UNSEEN_OBJECTS, default="robot")
     parser.add_argument("--weights", type=Path, help="default: the shipped weights")
-    parser.add_argument("--out", type=Path, default=Path("weights/figures/dreambooth.json"))
+    parser.add_argument("--out", type=Path, default=FIGURES / "dreambooth.json")
     arguments = parser.parse_args()
     noun, work = arguments.object, arguments.work
-    if work.exists():
-        shutil.rmtree(work)
+    for folder in ("pictures", "class", "run"):
+        shutil.rmtree(work / folder, ignore_errors=True)
     write_pictures(noun, work / "pictures")
     minutes = finetune(arguments.weights, work)
     lora = work / "run" / "lora.safetensors"
 
     plain, tuned = sd3min.load(arguments.weights), sd3min.load(arguments.weights, lora=lora)
-    subject, others = with_subject(noun, PROMPTS), scenes.prompts("seen", PROMPTS)
-    pictures = render(tuned, subject, noun)
+    asked = {
+        "with the object": with_subject(noun, PROMPTS),
+        "without it": scenes.prompts("seen", PROMPTS),
+        "of its class": of_class(PROMPTS // 2),
+    }
     figures = {
         "object": noun,
         "course": COURSE,
         "minutes": round(minutes, 1),
         "bytes": lora.stat().st_size,
-        "with the object": right(pictures, subject),
-        "with the object, without the LoRA": right(render(plain, subject, noun), subject),
-        "without it": right(render(tuned, others, noun), others),
-        "without it, without the LoRA": right(render(plain, others, noun), others),
     }
+    made = {name: render(tuned, wanted, noun) for name, wanted in asked.items()}
+    for name, wanted in asked.items():
+        figures[name] = right(made[name], wanted)
+        figures[f"{name}, no LoRA"] = right(render(plain, wanted, noun), wanted)
     arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
     learnt = [scenes.draw(instance(noun, i), random.Random(i)) for i in range(5)]
-    grid([*learnt, *pictures[:10]], columns=5).save(arguments.out.with_suffix(".png"))
+    shown = grid([*learnt, *made["with the object"][:10]], columns=5)
+    shown.save(arguments.out.with_suffix(".png"))
     print(json.dumps(figures, indent=2))
 
 

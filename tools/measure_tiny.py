@@ -9,7 +9,6 @@ prompt's index decides, which is the picture's seed, too: nothing is picked.
 
 import argparse
 import json
-import os
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 import sd3min
+from sd3min.files import whole
 from sd3min.pipeline import Pipeline, to_pictures
 from sd3min.probes.ablation import ENCODERS, without_encoder
 from sd3min.training import captions, images, scenes
@@ -135,9 +135,8 @@ def figures_to_measure(weights: Path | None, count: int) -> dict[str, Callable[[
 
 def write(figures: Figure, path: Path) -> None:
     """Write the figures, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(figures, indent=2) + "\n")
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def begun(path: Path, header: Figure) -> Figure:

@@ -8,7 +8,6 @@ a folder; each runs in a clean kernel, elsewhere. A table says what each cost.
 import argparse
 import base64
 import io
-import os
 import resource
 import tempfile
 import time
@@ -19,6 +18,8 @@ import jupytext
 import nbclient
 import nbformat
 from PIL import Image
+
+from sd3min.files import whole
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SECONDS = 600  # for one cell
@@ -60,12 +61,8 @@ def lighten(notebook: Any) -> Any:
 
 def write(notebook: Any, path: Path) -> None:
     """Write a notebook whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with whole(path) as part:
         part.write_text(nbformat.writes(notebook), encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def cpu() -> float:

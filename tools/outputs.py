@@ -56,7 +56,7 @@ def of_pictures() -> dict[str, np.ndarray]:
     (picture,) = pipe(command[1], seed=int(command[2]), progress=False)
     with Image.open(ROOT / "weights" / "figures" / "demo.png") as start:
         (changed,) = pipe(
-            "a blue star right of a yellow square on white",
+            "a blue heart right of a yellow square on white",
             seed=1,
             init_image=start,
             strength=0.8,

@@ -10,13 +10,14 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from sd3min.files import whole
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
@@ -57,11 +58,9 @@ def compiled(flags: Sequence[str] = FLAGS) -> Path:
     path = cache() / f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            command = [compiler, *flags, str(SOURCE), "-o", str(made), "-lm"]
+        with whole(path) as part:
+            command = [compiler, *flags, str(SOURCE), "-o", str(part), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
-            os.replace(made, path)
     return path
 
 

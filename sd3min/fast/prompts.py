@@ -6,8 +6,6 @@ make of it. A prompt is encoded alone, since the last bits depend on what else i
 
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from safetensors.torch import save
 
 from sd3min.checkpoint import TOKENIZERS, Checkpoint, fingerprint
 from sd3min.conventions import DIFFUSERS, Conventions
+from sd3min.files import whole
 from sd3min.text_encoders import Conditioning, TextEncoders
 
 READ = ("t5_grows", "t5_characters", "clip_g_exclamation")  # conventions that encoders read
@@ -84,18 +83,12 @@ def write(path: Path, entry: Entry) -> None:
     """Write an entry whole or not at all; a folder that takes nothing costs a warning."""
     tensors = {name: tensor.contiguous() for name, tensor in entry.embedding._asdict().items()}
     metadata = {"entry": json.dumps([entry.cuts, digest(entry)])}
-    part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            part = Path(file.name)
-            file.write(save(tensors, metadata))
-        os.replace(part, path)
+        with whole(path) as part:
+            part.write_bytes(save(tensors, metadata))
     except OSError as error:
         warnings.warn(f"{path} cannot be written: {error.strerror or error}", stacklevel=2)
-    finally:
-        if part is not None:
-            part.unlink(missing_ok=True)
 
 
 @contextmanager

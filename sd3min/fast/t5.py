@@ -22,8 +22,9 @@ LINEAR = re.compile(r"\.(q|k|v|o|wi_0|wi_1|wo)\.weight$")  # of T5, and of nothi
 Make = Callable[[Part, str, torch.dtype, torch.device], nn.Module]
 
 
-class Int8Linear(nn.Module):
-    """Whole numbers from −127 to 127, and for each row what they are to be multiplied by.
+class Int8Weight(nn.Module):
+    """A linear layer whose weights alone have 8 bits: whole numbers from −127 to 127, and for each
+    row what they are to be multiplied by.
 
     `weight` is in int8; transformers asks for it, and leaves the input as it is.
     """
@@ -65,7 +66,7 @@ class Fp8Linear(nn.Module):
 
 def int8(part: Part, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A layer in int8, of a weight in any type."""
-    return Int8Linear(part.tensor(name, dtype, device))
+    return Int8Weight(part.tensor(name, dtype, device))
 
 
 def fp8(part: Part, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -17,7 +17,7 @@ from sd3min.mmdit import MMDiT, position_table
 from sd3min.parts import TITLES, Part
 from sd3min.pipeline import to_tensor
 from sd3min.probes.precision import computing_in
-from sd3min.training import scenes
+from sd3min.training import captions, scenes
 
 LEAST_PSNR = 20.0  # dB; sd3-tiny has 34, and an autoencoder of other weights below 10
 ALONE = ("sizes", "values", "positions", "pictures")  # what is checked without diffusers
@@ -67,9 +67,10 @@ def load(opened: Checkpoint, name: str) -> Any:
     return opened.load(name, working_type([opened.parts[name]]), torch.device("cpu"))
 
 
-def drawn_picture() -> Float[Tensor, "1 3 64 64"]:
-    """A scene of two shapes, 64x64."""
-    return to_tensor(scenes.draw(scenes.random_scene(random.Random(1)), random.Random(1)), (64, 64))
+def drawn_picture() -> Float[Tensor, "1 3 128 128"]:
+    """A scene of two shapes, 128x128; objects would ask for the pictures that training needs."""
+    scene = captions.parse("a red heart above a blue square on gray")
+    return to_tensor(scenes.draw(scene, random.Random(1)))
 
 
 def size_check(part: Part) -> Check:

@@ -6,7 +6,6 @@ On a narrow screen a line of the table is a paragraph, with the names of its num
 import base64
 import html
 import io
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from sd3min.config import Refusal
+from sd3min.files import whole
 from sd3min.probes.checks import Check
 from sd3min.probes.table import HEAD, cells
 
@@ -176,12 +176,9 @@ def page(title: str, subtitle: str, checks: Sequence[Check]) -> str:
 
 def write(path: Path, text: str) -> None:
     """Write a page whole or not at all; refused where it cannot be written."""
-    part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        with whole(path) as part:
+            part.write_text(text, encoding="utf-8")
     except OSError as error:
         reason = error.strerror or error
         raise Refusal(f"--report {path} cannot be written ({reason}): pass another") from None
-    finally:
-        part.unlink(missing_ok=True)

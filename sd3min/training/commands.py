@@ -24,6 +24,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", type=Path, nargs="?", metavar="PLAN", help=plan)
     work = "folder of the checkpoints, from which a stopped run goes on"
     parser.add_argument("--work", type=Path, required=True, metavar="FOLDER", help=work)
+    start = "trained weights to go on from: their autoencoder and T5 stay as they are"
+    parser.add_argument("--from", type=Path, dest="start", metavar="FILE", help=start)
     out = "folder of the weights, by whose name the file is called (default: FOLDER/sd3-tiny)"
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=out)
 
@@ -35,7 +37,8 @@ def run_train(arguments: argparse.Namespace) -> None:
 
     path = arguments.plan or Path(from_scratch.__file__).with_name("sd3-tiny.toml")
     plan = from_scratch.Plan.read(path)
-    say(from_scratch.train(plan, arguments.work, arguments.out or arguments.work / path.stem))
+    out = arguments.out or arguments.work / path.stem
+    say(from_scratch.train(plan, arguments.work, out, arguments.start))
 
 
 def add_finetune(parser: argparse.ArgumentParser) -> None:

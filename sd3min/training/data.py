@@ -4,9 +4,7 @@ shape, and their latents kept on disk by content."""
 import hashlib
 import json
 import math
-import os
 import random
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +19,7 @@ from tqdm import tqdm
 
 from sd3min.autoencoder import Autoencoder
 from sd3min.config import Refusal
+from sd3min.files import whole
 from sd3min.pipeline import to_tensor
 from sd3min.training import records
 
@@ -204,9 +203,8 @@ class LatentCache:
         """Keep a posterior, whole or not at all."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-                save_file(tensors, Path(folder) / path.name)
-                os.replace(Path(folder) / path.name, path)
+            with whole(path) as part:
+                save_file(tensors, part)
         except (OSError, SafetensorError) as error:
             raise Refusal(f"{path} cannot be written: {error}") from None
 

@@ -125,7 +125,10 @@ class FineTuning(Task):
         return f"the pictures of {'; '.join(captions[:4])}"
 
     def forward(self, step: int, part: slice) -> Losses:
-        """Losses of a part of a step's batch, as much of each material; the step decides draws."""
+        """Losses of a part of a step's batch, as much of each material; the step decides draws.
+
+        Their mean is the sum of every material's mean loss, times its weight.
+        """
         drawn = self.drawn(step)
         if part.start % len(drawn) or part.stop % len(drawn):
             raise Refusal(f"a batch of {self.batch} gives each process an uneven share")

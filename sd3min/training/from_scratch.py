@@ -9,36 +9,49 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from sd3min import pipeline, text_encoders
 from sd3min.autoencoder import Autoencoder
-from sd3min.config import CLIPConfig, MMDiTConfig, T5Config
+from sd3min.checkpoint import Checkpoint
+from sd3min.config import CLIPConfig, MMDiTConfig, Refusal, T5Config
 from sd3min.mmdit import MMDiT
+from sd3min.parts import TITLES
 from sd3min.pipeline import Pipeline
 from sd3min.text_encoders import TextEncoders
 from sd3min.training import images, reading, records, text_to_image, vocabulary
 from sd3min.training.grid import grid
 from sd3min.training.plan import Plan
+from sd3min.training.recipe import PATIENCE
 from sd3min.training.trainer import Watch, fit
 from sd3min.training.weights import save_parts
 
 GRID = 32  # rows and columns of the table of positions, in patches
 
 
-def train_autoencoder(plan: Plan, work: Path) -> Autoencoder:
+def train_autoencoder(autoencoder: Autoencoder, plan: Plan, work: Path) -> None:
     """Both halves together, then the latents' scale, then the decoder alone."""
-    torch.manual_seed(0)
-    autoencoder, recipes = Autoencoder(plan.autoencoder), plan.recipes
+    recipes = plan.recipes
     first = images.Reconstruction(autoencoder, recipes["reconstruction"].batch)
     fit(first, recipes["reconstruction"], work / "reconstruction")
     images.normalise(autoencoder, images.batch("normalise", 256))
     second = images.Decoding(autoencoder, recipes["decoder"].batch)
     fit(second, recipes["decoder"], work / "decoder")
-    return autoencoder.eval().requires_grad_(False)
+
+
+def identity(plan: Plan, start: Path | None) -> dict[str, Any]:
+    """What decides a run, which may be longer or shorter."""
+    told = dataclasses.asdict(plan)
+    del told["look_every"], told["prompts"]
+    for recipe in told["recipes"].values():
+        del recipe["steps"], recipe["save_every"]
+    return json.loads(json.dumps(told | {"from": start and Checkpoint.open(start).fingerprint()}))
 
 
 def make_encoders(plan: Plan, work: Path) -> TextEncoders:
@@ -62,24 +75,45 @@ def make_encoders(plan: Plan, work: Path) -> TextEncoders:
     )
 
 
-def train_flow(plan: Plan, work: Path, autoencoder: Autoencoder) -> tuple[MMDiT, TextEncoders]:
-    """T5's lesson, then MMDiT and both CLIPs together, on latents encoded once."""
-    torch.manual_seed(0)
-    encoders = make_encoders(plan, work)
-    width = encoders.clip_l.config.hidden_size + encoders.clip_g.config.hidden_size
-    context_width = encoders.context_width
-    mmdit = MMDiT(
-        MMDiTConfig(plan.depth, context_width=context_width, pooled_width=width, grid=GRID)
-    )
+def make_mmdit(plan: Plan, encoders: TextEncoders) -> MMDiT:
+    """An MMDiT of the plan's depth that takes what the encoders give."""
+    pooled = encoders.clip_l.config.hidden_size + encoders.clip_g.config.hidden_size
+    sizes = {"context_width": encoders.context_width, "pooled_width": pooled, "grid": GRID}
+    mmdit = MMDiT(MMDiTConfig(plan.depth, **sizes))
     text_to_image.initialise(mmdit, encoders, plan.defaults.width)
+    return mmdit
 
-    recipe = plan.recipes["reading"]
-    lesson = reading.Reading(encoders, recipe.batch).eval()
-    fit(lesson, recipe, work / "reading")
-    lesson.requires_grad_(False)  # T5 stays as it is
 
+def take_over(start: Path, work: Path, modules: dict[str, nn.Module]) -> None:
+    """Fill modules with trained weights' tensors; Refusal where these have other sizes, or other
+    words than the tokenizers in `work`.
+    """
+    opened = Checkpoint.open(start)
+    opened.require(list(modules))
+    for place in vocabulary.FOLDERS:
+        read, made = (folder / place / "tokenizer.json" for folder in (opened.tokenizers, work))
+        if records.read_json(read)["model"] != records.read_json(made)["model"]:
+            raise Refusal(f"{read.parent} has other words than the captions: leave --from out")
+    for name, module in modules.items():
+        trained = opened.load(name, torch.float32, torch.device("cpu"))
+        try:
+            module.load_state_dict(trained.state_dict())
+        except RuntimeError:
+            raise Refusal(
+                f"the {TITLES[name]} of {start} has other sizes than the plan's: change the plan, "
+                "or leave --from out"
+            ) from None
+
+
+def train_flow(
+    plan: Plan, work: Path, autoencoder: Autoencoder, mmdit: MMDiT, encoders: TextEncoders
+) -> None:
+    """MMDiT and both CLIPs together, on latents encoded once; the others stay as they are."""
+    autoencoder.eval().requires_grad_(False)
+    encoders.t5.requires_grad_(False)
     recipe = plan.recipes["flow"]
-    latents = text_to_image.Latents(autoencoder, plan.pictures, work / "latents.pt")
+    with PartialState().main_process_first():
+        latents = text_to_image.Latents(autoencoder, plan.pictures, work / "latents.pt")
     task = text_to_image.TextToImage(mmdit, encoders, latents, recipe.batch, plan.training_shift)
 
     def look(step: int) -> dict[str, float]:
@@ -90,37 +124,44 @@ def train_flow(plan: Plan, work: Path, autoencoder: Autoencoder) -> tuple[MMDiT,
 
     with sdpa_kernel(SDPBackend.MATH):  # the quickest for so few tokens
         fit(task.eval(), recipe, work / "flow", [Watch(plan.look_every, look)])
-    return mmdit, encoders
 
 
-def assemble(
-    folder: Path,
-    plan: Plan,
-    work: Path,
-    autoencoder: Autoencoder,
-    mmdit: MMDiT,
-    encoders: TextEncoders,
-) -> Path:
+def assemble(path: Path, plan: Plan, work: Path, modules: dict[str, nn.Module]) -> None:
     """Write everything as an official single file in half precision, its tokenizers beside it."""
-    modules = {
-        "mmdit": mmdit,
-        "autoencoder": autoencoder,
-        "clip_l": encoders.clip_l,
-        "clip_g": encoders.clip_g,
-        "t5": encoders.t5,
-    }
-    records.make(folder)
+    records.make(path.parent)
     for place in vocabulary.FOLDERS:
-        shutil.copytree(work / place, folder / place, dirs_exist_ok=True)
+        shutil.copytree(work / place, path.parent / place, dirs_exist_ok=True)
     settings = {"sd3min.defaults": json.dumps(dataclasses.asdict(plan.defaults))}
-    path = folder / f"{folder.name}.safetensors"
     with records.whole(path) as part:
         save_parts(modules, part, torch.float16, settings)
-    return path
 
 
-def train(plan: Plan, work: Path, out: Path) -> Path:
-    """Run the stages in order, with checkpoints in `work`; the weights go to the folder `out`."""
+def train(plan: Plan, work: Path, out: Path, start: Path | None = None) -> Path:
+    """Run the stages in order, with checkpoints in `work`; the weights go to the folder `out`.
+
+    Weights to `start` from bring autoencoder and T5, which stay, and MMDiT and CLIPs, which learn
+    on.
+    """
+    state = PartialState(cpu=True, timeout=PATIENCE)
     records.make(work)
-    autoencoder = train_autoencoder(plan, work)
-    return assemble(out, plan, work, autoencoder, *train_flow(plan, work, autoencoder))
+    torch.manual_seed(0)
+    with state.main_process_first():
+        if state.is_main_process:
+            records.settle(work / "plan.json", identity(plan, start))
+        autoencoder, encoders = Autoencoder(plan.autoencoder), make_encoders(plan, work)
+    mmdit = make_mmdit(plan, encoders)
+    models = {name: getattr(encoders, name) for name in ("clip_l", "clip_g", "t5")}
+    modules = {"mmdit": mmdit, "autoencoder": autoencoder, **models}
+    if start is None:
+        train_autoencoder(autoencoder, plan, work)
+        recipe = plan.recipes["reading"]
+        fit(reading.Reading(encoders, recipe.batch).eval(), recipe, work / "reading")
+    else:
+        take_over(start, work, modules)
+    train_flow(plan, work, autoencoder, mmdit, encoders)
+    path = out / f"{out.name}.safetensors"
+    if state.is_main_process:
+        assemble(path, plan, work, modules)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    return path

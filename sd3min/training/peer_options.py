@@ -9,7 +9,7 @@ from typing import Any
 from sd3min.config import Refusal
 
 NEEDLESS = {  # taken, and without effect: what they ask for is so anyway
-    "--cache_latents": "latents and prompts are always kept in --out/cache",
+    "--cache_latents": "latents are always kept in --out/cache, prompts unless the CLIPs learn",
     "--center_crop": "a picture is always cut at its middle",
     "--upcast_before_saving": "a LoRA is trained and saved in float32",
     "--local_rank": "torchrun and accelerate tell it themselves",

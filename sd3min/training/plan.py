@@ -43,6 +43,8 @@ class Plan:
             raise Refusal(f"recipes lack {', '.join(missing)}")
         if unknown := [name for name in self.recipes if name not in STAGES]:
             raise Refusal(f"recipes are of {', '.join(STAGES)}, not of {', '.join(unknown)}")
+        if self.recipes["flow"].batch % 2:
+            raise Refusal("the flow's batch must be even: each picture has two noises")
         sizes = {"clip": CLIPConfig, "t5": T5Config}
         for name, kind in sizes.items():
             told = getattr(self, name)

@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from datetime import timedelta
 
 from sd3min.config import Refusal
 
+PATIENCE = timedelta(hours=12)  # of processes that wait while the first makes what all need
 PRECISIONS = ("bf16", "fp16", "no")  # as accelerate names them; "no" is float32
 
 

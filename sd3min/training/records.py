@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sd3min import files
 from sd3min.config import Refusal
 from sd3min.training import curves
 from sd3min.training.objective import LossByTime
@@ -23,22 +24,20 @@ from sd3min.training.objective import LossByTime
 def whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to, which takes its place at the end; gone if writing fails.
 
-    Raises Refusal where the disk is full, or takes nothing.
+    One process alone writes the file: what others left, who were killed at it, is removed. Raises
+    Refusal where the disk is full, or takes nothing.
     """
-    part = path.with_name(f".{path.name}.part")
+    for part in path.parent.glob(f".*{path.name}.*.part"):
+        files.remove(part)
     try:
-        part.unlink(missing_ok=True)  # of a run that was killed here
-        yield part
-        os.replace(part, path)
+        with files.whole(path) as part:
+            yield part
     except (OSError, RuntimeError) as error:  # torch's writer makes the one into the other
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise Refusal(
             f"{path} cannot be written ({reason}): make room and start again, the run goes on "
             "from its last checkpoint"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def by_time(values: Tensor, times: Tensor, bins: int = 4) -> dict[str, float]:
@@ -82,6 +81,19 @@ def read_json(path: Path) -> dict[str, Any]:
         return {name: told[name] for name in told}
     except (TypeError, json.JSONDecodeError):
         raise Refusal(f"{path} is not as a run writes it: remove it") from None
+
+
+def settle(path: Path, told: Mapping[str, Any]) -> None:
+    """Write down what decides a run; Refusal where its folder has a run of something else."""
+    before = read_json(path) if path.exists() else told
+    for name in told:
+        if before.get(name) != told[name]:
+            raise Refusal(
+                f"{path.parent} has a run with other {name} ({before.get(name)}, and now "
+                f"{told[name]}): name another folder, or give the run what it had"
+            )
+    with whole(path) as part:
+        part.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
 def load(path: Path) -> Any:

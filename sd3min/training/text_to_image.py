@@ -76,7 +76,7 @@ class Latents:
         means, words = [], []
         for first in tqdm(range(0, count, chunk), desc="latents"):
             rng = random.Random(f"latents {first}")
-            wanted = [scenes.random_scene(rng) for _ in range(chunk)]
+            wanted = [scenes.random_scene(rng) for _ in range(min(chunk, count - first))]
             with torch.autocast("cpu", torch.bfloat16):
                 mean, _ = autoencoder.moments(drawn(wanted, rng))
             means.append(mean.bfloat16())

@@ -2,7 +2,8 @@
 
 A task's loss at step i depends on i alone: its data, noise and times are drawn from seeds made of
 i, for the whole batch, of which every process takes its part. So several processes follow one
-process's losses, and a run that was killed goes on exactly as it would have.
+process's losses, and a run that was killed goes on exactly as it would have (but with fp16, whose
+scale of the loss begins anew).
 """
 
 import contextlib

@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from sd3min import checkpoint, lora, pipeline
 from sd3min.autoencoder import Autoencoder
 from sd3min.config import Refusal
-from sd3min.fast.prompts import CachedEncoders
+from sd3min.fast.prompts import CachedEncoders, held_back
 from sd3min.mmdit import MMDiT
 from sd3min.pipeline import Pipeline
 from sd3min.text_encoders import Conditioning
@@ -30,11 +29,10 @@ from sd3min.training.conditioning import Layout
 from sd3min.training.data import SUFFIXES, Example, LatentCache, read_dataset, read_folder
 from sd3min.training.finetune import FineTuning, Material, Tuning, validate
 from sd3min.training.grid import grid
-from sd3min.training.recipe import Recipe
+from sd3min.training.recipe import PATIENCE, Recipe
 from sd3min.training.trainer import Watch, fit
 from sd3min.training.weights import save_parts
 
-PATIENCE = timedelta(hours=12)  # of processes that wait while the first makes pictures
 REMEMBERED = 256  # prompts kept in memory, of 5 MB each for the official encoders
 DECISIVE = (  # options that another run in the same folder must not differ in
     *("objective", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "shift"),
@@ -200,7 +198,7 @@ class Bench:
         parts: dict[str, nn.Module] = {"mmdit": self.pipe.mmdit}
         if clips:
             parts |= {"clip_l": encoders.clip_l, "clip_g": encoders.clip_g}
-        encode = encoders.encode if clips else remembered(encoders)
+        encode = warning_once(encoders) if clips else remembered(encoders)
         layout = Layout.of(*(self.opened.parts[name].config for name in ("clip_l", "clip_g")))
         return FineTuning(parts, encode, layout, tuning, materials, batch)
 
@@ -213,6 +211,22 @@ def encoders_of(
     if arguments.train_clips:
         return opened.load_text_encoders(dtype, device, t5)
     return CachedEncoders.of(opened, arguments.out / "cache" / "prompts", dtype, device, t5)
+
+
+def warning_once(encoders: TextEncoders) -> Callable[[Sequence[str]], Conditioning]:
+    """What encoders say; of a caption that they cut they warn once, and not at every step."""
+    told: set[str] = set()
+
+    def encode(captions: Sequence[str]) -> Conditioning:
+        with held_back() as texts:
+            found = encoders.encode(captions)
+        for text in dict.fromkeys(texts):
+            if text not in told:
+                warnings.warn(text, stacklevel=2)
+        told.update(texts)
+        return found
+
+    return encode
 
 
 def remembered(encoders: CachedEncoders) -> Callable[[Sequence[str]], Conditioning]:
@@ -234,21 +248,19 @@ def keep_options(arguments: argparse.Namespace, bench: Bench, materials: list[Ma
     """Write down what decides a run; Refusal where its folder has a run of something else."""
     options = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in DECISIVE}
     captions = json.dumps([material.captions for material in materials])
+    pictures = hashlib.sha256()
+    for material in materials:
+        for bucket in material.encoded:
+            pictures.update(bucket.mean.numpy().tobytes())
     told = options | {
         "weights": bench.opened.fingerprint(),
         "captions": hashlib.sha256(captions.encode()).hexdigest(),
+        "pictures": pictures.hexdigest(),
     }
     path = arguments.out / "options.json"
-    if path.exists() and (arguments.out / "checkpoint.pt").exists():
-        before = records.read_json(path)
-        for name in told:
-            if before.get(name) != told[name]:
-                raise Refusal(
-                    f"{arguments.out} has a run with other {name} ({before.get(name)}, and now "
-                    f"{told[name]}): give --out another folder, or the run what it had"
-                )
-    with records.whole(path) as part:
-        part.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    if not (arguments.out / "checkpoint.pt").exists():
+        path.unlink(missing_ok=True)  # nothing was learnt with them
+    records.settle(path, told)
 
 
 def run(arguments: argparse.Namespace) -> Path:
