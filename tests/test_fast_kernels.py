@@ -222,6 +222,17 @@ def test_linear_layers_of_8_bits(dtype, planted):
     assert error(Int8Linear(linear)(x), exact) < 0.012
 
 
+def test_signed_and_unsigned_activations_give_the_same_product(monkeypatch):
+    layer = Int8Linear(nn.Linear(192, 320).requires_grad_(False))
+    x = torch.randint(-127, 128, (5, 192), dtype=torch.int8)
+    found = {}
+    for signed in (True, False):
+        monkeypatch.setattr("sd3min.fast.linear.SIGNED", signed)
+        found[signed] = layer.product(x, torch.float32)
+    torch.testing.assert_close(found[True], found[False], rtol=1e-6, atol=1e-4)
+    assert found[True].abs().max() > 10
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, B])
 def test_packed_linear_layers(dtype):
     linear = nn.Linear(192, 320).to(dtype).requires_grad_(False)

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from sd3min.fast import kernels
 
+SIGNED = torch.cpu._is_amx_tile_supported()  # else oneDNN is quick for activations from 0 to 255
+
 
 class PackedLinear(nn.Module):
     """Weights in the order in which oneDNN's product wants them, in bfloat16 on a CPU."""
@@ -60,7 +62,9 @@ class Int8Linear(nn.Module):
         """Rows of whole numbers by the weights, whose scales are applied."""
         if not self.packed:
             return F.linear(whole.to(dtype), self.weight.to(dtype)) * self.scales.to(dtype)
+        zero = 0 if SIGNED else 128
+        whole = whole if SIGNED else whole.view(torch.uint8) ^ 128  # the same, and 128 more
         zeros = torch.zeros_like(self.scales, dtype=torch.int32)
         return torch.ops.onednn.qlinear_pointwise(
-            whole, 1.0, 0, self.weight, self.scales, zeros, None, 1.0, 0, dtype, "none", [], ""
+            whole, 1.0, zero, self.weight, self.scales, zeros, None, 1.0, 0, dtype, "none", [], ""
         )
