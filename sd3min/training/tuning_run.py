@@ -22,7 +22,7 @@ from sd3min.config import Refusal
 from sd3min.fast.prompts import CachedEncoders, held_back
 from sd3min.mmdit import MMDiT
 from sd3min.pipeline import Pipeline
-from sd3min.text_encoders import Conditioning
+from sd3min.text_encoders import Conditioning, TextEncoders
 from sd3min.training import objective, records
 from sd3min.training.commands import precision
 from sd3min.training.conditioning import Layout
