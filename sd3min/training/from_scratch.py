@@ -78,8 +78,9 @@ def make_encoders(plan: Plan, work: Path) -> TextEncoders:
 def make_mmdit(plan: Plan, encoders: TextEncoders) -> MMDiT:
     """An MMDiT of the plan's depth that takes what the encoders give."""
     pooled = encoders.clip_l.config.hidden_size + encoders.clip_g.config.hidden_size
-    sizes = {"context_width": encoders.context_width, "pooled_width": pooled, "grid": GRID}
-    mmdit = MMDiT(MMDiTConfig(plan.depth, **sizes))
+    width = encoders.context_width
+    config = MMDiTConfig(plan.depth, context_width=width, pooled_width=pooled, grid=GRID)
+    mmdit = MMDiT(config)
     text_to_image.initialise(mmdit, encoders, plan.defaults.width)
     return mmdit
 
@@ -109,6 +110,7 @@ def train_flow(
     plan: Plan, work: Path, autoencoder: Autoencoder, mmdit: MMDiT, encoders: TextEncoders
 ) -> None:
     """MMDiT and both CLIPs together, on latents encoded once; the others stay as they are."""
+    assert encoders.t5 is not None
     autoencoder.eval().requires_grad_(False)
     encoders.t5.requires_grad_(False)
     recipe = plan.recipes["flow"]
