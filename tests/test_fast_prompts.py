@@ -12,7 +12,7 @@ from sd3min.conventions import COMFYUI, DIFFUSERS
 from sd3min.fast.prompts import CachedEncoders, encoders_key, read
 
 SHORT, OTHER = "a red circle on white", "an orange heart!"
-LONG = "a red circle above a blue square on gray left of an orange heart below a pink star"
+LONG = "a red circle above a blue square on gray left of an orange heart below a pink star " * 2
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def make(opened, encoders, tmp_path, loads):
             loads.append(encoders)
             return encoders
 
-        return CachedEncoders(load, tmp_path / "cache", key, t5, 16, 16)
+        return CachedEncoders(load, tmp_path / "cache", key, t5, 24, 24)
 
     return made
 
@@ -119,7 +119,7 @@ def test_other_encoders_are_told_apart_by_their_key(make, opened, loads):
 
 def test_what_does_not_decide_it_is_not(make, loads):
     make().encode([SHORT])
-    make().encode([SHORT], 16, "omit", replace(DIFFUSERS, name="mine", steps=3))
+    make().encode([SHORT], 24, "omit", replace(DIFFUSERS, name="mine", steps=3))
     assert len(loads) == 1
 
 
@@ -141,7 +141,7 @@ def test_where_t5_grows_the_rows_are_those_of_the_batch(make, encoders, loads):
             for ours, theirs in zip(found, expected, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
             assert len(loads) == 1
-    assert found.context.shape[1] > 16 + 16
+    assert found.context.shape[1] > 24 + 24
 
 
 def test_a_cut_prompt_warns_from_the_cache_as_it_did(make, encoders, loads):

@@ -35,7 +35,7 @@ def save_parts(
             kinds[dtype or tensor.dtype],
             partial(tensor.to, "cpu", dtype or tensor.dtype),
         )
-        for name, tensor in tensors.items()
+        for name, tensor in sorted(tensors.items())
     }
     with new(path, sum(tensor.bytes for tensor in lazy.values())) as file:
         write_tensors(file, lazy, metadata or {"format": "pt"})
