@@ -238,7 +238,7 @@ training_shift = 3.0
 look_every = 2
 prompts = ["a red circle", "a cat"]
 [autoencoder]
-widths = [32, 32]
+widths = [32, 32, 32, 32]
 blocks = 1
 [clip]
 layers = 2
@@ -309,7 +309,7 @@ def test_all_stages_of_a_small_plan_make_a_model_that_draws(tmp_path, capsys):
         ("batch = 4", "batch = 0", "batch of 0 must be at least 1"),
         (FLOW, FLOW.replace("batch = 4", "batch = 5"), "the flow's batch must be even"),
         ("batch = 4", "bitch = 4", "recipes.reconstruction.bitch is not one of steps"),
-        ("widths = [32, 32]", "widths = 32", "autoencoder.widths must be a list, not 32"),
+        ("widths = [32, 32, 32, 32]", "widths = 32", "autoencoder.widths must be a list, not 32"),
         ("depth = 1", "depth 1", "is not TOML"),
     ],
 )
