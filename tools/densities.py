@@ -168,7 +168,7 @@ def main() -> None:
     autoencoder = sd3min.load_autoencoder(arguments.weights)
     recipe = dataclasses.asdict(RECIPE) | {"weights": fingerprint(arguments.weights or tiny())}
     records.make(arguments.work)
-    records.settle(arguments.work / "recipe.json", json.loads(json.dumps(recipe)))
+    records.settle(arguments.work / "recipe.json", recipe)
     training = encoded(autoencoder, "trained", TRAINED)
     validation = encoded(autoencoder, "validated", VALIDATED)
     runs = []

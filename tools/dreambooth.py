@@ -53,10 +53,10 @@ def with_subject(noun: str, count: int) -> list[scenes.Scene]:
     rng, found = random.Random(f"with {noun}"), []
     while len(found) < count:
         scene = scenes.random_scene(rng)
-        of_class = scenes.Scene(scenes.Thing(CLASS), scene.others, scene.background)
+        plain = scenes.Scene(scenes.Thing(CLASS), scene.others, scene.background)
         known = CLASS not in [thing.noun for thing in scene.things]
-        if scene.others and known and not scenes.is_held_out(of_class):
-            found.append(dataclasses.replace(of_class, first=scenes.Thing(noun)))
+        if scene.others and known and not scenes.is_held_out(plain):
+            found.append(dataclasses.replace(plain, first=scenes.Thing(noun)))
     return found
 
 

@@ -51,7 +51,7 @@ def identity(plan: Plan, start: Path | None) -> dict[str, Any]:
     del told["look_every"], told["prompts"]
     for recipe in told["recipes"].values():
         del recipe["steps"], recipe["save_every"]
-    return json.loads(json.dumps(told | {"from": start and Checkpoint.open(start).fingerprint()}))
+    return told | {"from": start and Checkpoint.open(start).fingerprint()}
 
 
 def make_encoders(plan: Plan, work: Path) -> TextEncoders:

@@ -85,6 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def settle(path: Path, told: Mapping[str, Any]) -> None:
     """Write down what decides a run; Refusal where its folder has a run of something else."""
+    told = json.loads(json.dumps(told))  # as it is read again
     before = read_json(path) if path.exists() else told
     for name in told:
         if before.get(name) != told[name]:
