@@ -154,12 +154,18 @@ class TextEncoders(nn.Module):
         return self.t5(ids).last_hidden_state
 
     def both_clips(
-        self, prompts: Sequence[str], conventions: Conventions = DIFFUSERS
+        self,
+        prompts: Sequence[str],
+        conventions: Conventions = DIFFUSERS,
+        to_clip_g: Sequence[str] | None = None,
     ) -> Conditioning:
-        """Rows of both CLIPs side by side, padded to the context's width, and both pooled."""
+        """Rows of both CLIPs side by side, padded to the context's width, and both pooled.
+
+        CLIP-G reads the same prompts, or `to_clip_g`.
+        """
         own = conventions.clip_g_exclamation == "padding"
         l_rows, l_pooled = self.clip_rows(self.clip_l, 0, prompts)
-        g_rows, g_pooled = self.clip_rows(self.clip_g, 1, prompts, own)
+        g_rows, g_pooled = self.clip_rows(self.clip_g, 1, to_clip_g or prompts, own)
         rows = torch.cat([l_rows, g_rows], dim=-1)
         rows = F.pad(rows, (0, self.context_width - rows.shape[-1]))
         return Conditioning(rows, torch.cat([l_pooled, g_pooled], dim=-1))

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -268,18 +270,23 @@ FLOW = TINY[TINY.index("[recipes.flow]") :]
 def test_all_stages_of_a_small_plan_make_a_model_that_draws(tmp_path, capsys):
     path = tmp_path / "little.toml"
     path.write_text(TINY)
-    given = ["train", str(path), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "made")]
-    assert cli.main(given) == 0
+
+    def trained(*given):
+        """What another process prints, since torch.compile fails on the type checks of this one."""
+        command = [sys.executable, "-m", "sd3min", "train", str(path), *map(str, given)]
+        return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+
+    given = ["--work", tmp_path / "work", "--out", tmp_path / "made"]
     made = tmp_path / "made" / "made.safetensors"
-    assert capsys.readouterr().out.strip().endswith(str(made))
+    assert trained(*given).strip().endswith(str(made))
     first = made.read_bytes()
     assert sd3min.load(made)("a red circle", progress=False)[0].size == (64, 64)
     assert (tmp_path / "work" / "flow" / "000002.png").exists()
-    assert cli.main(given) == 0  # which goes on from where it is done
+    trained(*given)  # which goes on from where it is done
     assert made.read_bytes() == first
 
     begun = ["--work", tmp_path / "more", "--out", tmp_path / "further", "--from", made]
-    assert cli.main(["train", str(path), *map(str, begun)]) == 0
+    trained(*begun)
     old, new = load_file(made), load_file(tmp_path / "further" / "further.safetensors")
     changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
     assert old.keys() == new.keys() and "model" in changed and "first_stage_model" not in changed

@@ -26,6 +26,7 @@ from sd3min.training.trainer import Losses, Task
 
 NO_CAPTION = 0.1  # of the captions are left empty, for guidance
 LEFT_OUT = 0.15  # how often each encoder is left out, each by itself
+RECOLOURED = 0.15  # how often CLIP-G and T5 read colours by chance, where CLIP-L is not left out
 DRAWS = 2  # times and noises for each picture and caption of a batch
 
 
@@ -84,7 +85,7 @@ class Latents:
         return {"mean": torch.cat(means), "captions": words}
 
 
-def misread(scene: scenes.Scene, rng: random.Random) -> scenes.Scene:
+def rearranged(scene: scenes.Scene, rng: random.Random) -> scenes.Scene:
     """The scene with its relations by chance, though never a held-out one."""
     while True:
         sides = rng.sample([rng.choice(axis) for axis in scenes.AXES], len(scene.others))
@@ -94,34 +95,47 @@ def misread(scene: scenes.Scene, rng: random.Random) -> scenes.Scene:
             return heard
 
 
+def recoloured(scene: scenes.Scene, rng: random.Random) -> scenes.Scene:
+    """The scene with its shapes' colours by chance, though never a held-out pair."""
+    while True:
+        colours = rng.sample(list(scenes.COLOURS), len(scene.things))
+        first, *others = (
+            scenes.Thing(thing.noun, colour) if thing.colour else thing
+            for thing, colour in zip(scene.things, colours, strict=True)
+        )
+        sides = [relation for relation, _ in scene.others]
+        heard = scenes.Scene(first, tuple(zip(sides, others, strict=True)), scene.background)
+        if scenes.count_held_out_pairs(heard) == 0:
+            return heard
+
+
 def encode(
     encoders: TextEncoders, wanted: Sequence[scenes.Scene], rng: random.Random
 ) -> Conditioning:
     """What the encoders say of the scenes; each is left out of some of them, as zeros.
 
-    Where T5 reads the caption, both CLIPs read it with its relations by chance: CLIP is told what
-    there is and T5 how it stands, and the network learns to ask each for its own. Where T5 is left
-    out, the CLIPs read the whole. Differs from the paper, where all three read the same (App. B.3):
-    a caption this short is read by any one encoder, and the network would do without T5. Differs
-    from the paper, where each is left out of 46.4 % (App. B.3): here of `LEFT_OUT`, and
-    `NO_CAPTION` are empty.
+    Each has something to say that the others may have wrong, and so the network learns to ask
+    each. Where T5 reads the caption, both CLIPs read it with its relations by chance; where CLIP-L
+    does, in `RECOLOURED` of the captions CLIP-G and T5 read it with its colours by chance. Differs
+    from the paper, where all three read the same (App. B.3): a caption this short is read by any
+    one encoder, and the network would do without the others. Differs from the paper, where each is
+    left out of 46.4 % (App. B.3): here of `LEFT_OUT`, and `NO_CAPTION` are empty.
     """
     kept = torch.tensor([[float(rng.random() >= LEFT_OUT) for _ in range(3)] for _ in wanted])
-    wordings = ["" if rng.random() < NO_CAPTION else f"{rng.random()}" for _ in wanted]
-
-    def said(read: Sequence[scenes.Scene]) -> list[str]:
-        pairs = zip(read, wordings, strict=True)
-        return [
-            captions.worded(scene, random.Random(seed)) if seed else "" for scene, seed in pairs
-        ]
-
-    pairs = zip(wanted, kept[:, 2].tolist(), strict=True)
-    heard = said([misread(scene, rng) if has_t5 else scene for scene, has_t5 in pairs])
-    clip, pooled = encoders.both_clips(heard)
+    read: list[list[str]] = [[], [], []]
+    for scene, (has_clip_l, _, has_t5) in zip(wanted, kept.tolist(), strict=True):
+        repainted = bool(has_clip_l) and rng.random() < RECOLOURED
+        other = recoloured(scene, rng) if repainted else scene
+        clip_l, clip_g = (rearranged(s, rng) if has_t5 else s for s in (scene, other))
+        told, seed = rng.random() >= NO_CAPTION, rng.random()
+        for texts, heard in zip(read, (clip_l, clip_g, other), strict=True):
+            texts.append(captions.worded(heard, random.Random(seed)) if told else "")
+    to_clip_l, to_clip_g, to_t5 = read
+    clip, pooled = encoders.both_clips(to_clip_l, to_clip_g=to_clip_g)
     with torch.no_grad():
-        t5 = encoders.t5_rows(said(wanted), encoders.t5_length)
-    told = Conditioning(torch.cat([clip, t5.to(clip)], dim=1), pooled)
-    return leave_out(Layout.heard(encoders), told, kept)
+        t5 = encoders.t5_rows(to_t5, encoders.t5_length)
+    said = Conditioning(torch.cat([clip, t5.to(clip)], dim=1), pooled)
+    return leave_out(Layout.heard(encoders), said, kept)
 
 
 class TextToImage(Task):
