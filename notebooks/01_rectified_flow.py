@@ -16,8 +16,8 @@
 # Stable Diffusion 3 makes pictures as this notebook makes points: it learns a velocity that carries
 # noise to data, and follows it. In two dimensions everything can be seen, and learnt in seconds.
 #
-# The data are two half circles. Nothing of Stable Diffusion is used but `sd3min.flow`, in which no
-# network is known.
+# The data are two half circles. Nothing of Stable Diffusion is used but `sd3min.flow`, which knows
+# nothing of networks.
 
 # %%
 import matplotlib.pyplot as plt
@@ -30,10 +30,10 @@ torch.manual_seed(0)
 
 
 def draw_data(count):
-    """Points on two half circles, a little off them."""
+    """Points on two half circles, a little off them, around (1, 0.5)."""
     angle, side = torch.pi * torch.rand(count), torch.randint(2, (count,)) * 2 - 1
-    x = side * (2 * torch.cos(angle) - 1)
-    y = side * (2 * torch.sin(angle) - 0.5)
+    x = 1 + side * (2 * torch.cos(angle) - 1)
+    y = 0.5 + side * (2 * torch.sin(angle) - 0.5)
     return torch.stack([x, y], dim=1) + 0.1 * torch.randn(count, 2)
 
 
@@ -96,7 +96,7 @@ def train(pairs, steps=1500):
         data, noise = pairs(512)
         t = torch.rand(len(data), 1)
         predicted = network(torch.cat([flow.interpolate(data, noise, t), t], dim=1))
-        loss = (predicted - flow.velocity_target(data, noise)).square().mean()
+        loss = (predicted - flow.velocity_target(data, noise)).square().sum(dim=1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -109,6 +109,11 @@ network, losses = train(lambda count: (draw_data(count), torch.randn(count, 2)))
 first, last = sum(losses[:10]) / 10, sum(losses[-100:]) / 100
 print(f"mean loss of the first ten steps {first:.2f}, of the last hundred {last:.2f}")
 
+figure, axes = plt.subplots(figsize=(6, 2.4), layout="constrained")
+axes.plot(losses, linewidth=0.5)
+axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+plt.show()
+
 # %% [markdown]
 # ## Following it
 #
@@ -117,7 +122,8 @@ print(f"mean loss of the first ten steps {first:.2f}, of the last hundred {last:
 # $$z_{t'} = z_t + (t' - t)\,v_\Theta(z_t, t)$$
 #
 # `flow.steps` does just that, for points as for latents. The paths bend: training drew straight
-# lines, but their mean turns as the choice of where to go narrows. And they no longer cross.
+# lines, but their mean turns as the choice of where to go narrows. And two paths never meet at the
+# same place and time, since they would go on as one (on the plane they may cross, at two times).
 
 
 # %%
@@ -183,7 +189,7 @@ assert miss(made[32]) < miss(made[4]) < miss(made[1])
 # %% [markdown]
 # ## Exercise 3: straighten the flow
 #
-# The ways do not cross. So join each noise with the data that *its own way* ends in, and train a
+# No two ways meet. So join each noise with the data that *its own way* ends in, and train a
 # second network on these pairs ("reflow", Liu et al. 2022). How straight are its ways, and what
 # does one step make now? (Stable Diffusion 3 is not trained so; its fast relatives are distilled.)
 

@@ -36,8 +36,8 @@ prompt = "a green circle above a red heart on white"
 # ## Tokens
 #
 # Each encoder has a tokenizer of its own. The CLIPs mark start and end of the text, T5 the end
-# alone. What is left over of a fixed number of places is padding: CLIP-L repeats the end, CLIP-G
-# writes token 0, which is spelt `!`, and T5 has a token for it.
+# alone. Unused places are filled with padding: CLIP-L repeats the end, CLIP-G writes token 0, which
+# is spelt `!`, and T5 has a token for it.
 
 # %%
 lengths = {name: encoders.clip_l.config.max_position_embeddings for name in ENCODERS[:2]}
@@ -51,7 +51,8 @@ for (name, length), tokenizer in zip(lengths.items(), encoders.tokenizers, stric
 #
 # CLIP's rows are taken before its last layer, T5's after it. CLIP-L's and CLIP-G's stand side by
 # side, are filled up with zeros to T5's width, and T5's rows follow below. With official weights
-# that is $77 \times (768 + 1280 + 2048)$ above $256 \times 4096$.
+# that is $77 \times (768 + 1280 + 2048)$ above $256 \times 4096$ (256 rows of T5 is what diffusers
+# chose; the paper has 77). sd3-tiny's CLIPs fill the width of its T5, and leave no zeros.
 #
 # $$c_\text{ctxt} = \begin{pmatrix} \text{CLIP-L} \;|\; \text{CLIP-G} \;|\; 0 \\ \text{T5}
 # \end{pmatrix}, \qquad c_\text{vec} = (\text{CLIP-L's pooled} \;|\; \text{CLIP-G's pooled})$$
@@ -165,8 +166,8 @@ assert alone.tobytes() == found["t5"].without.tobytes()
 # In the paper, going without T5 hardly changes how pictures look, and costs most where a prompt is
 # long or text is to be written (§5.3.3). The captions of sd3-tiny are short: any one encoder could
 # tell all of them, and the CLIPs do where T5 is left out. Where all are there, sd3-tiny was taught
-# to ask T5 **how things stand** and the CLIPs **what there is**. That can be seen by telling them
-# different stories.
+# to ask T5 **how things stand**: in training the CLIPs read such captions with other relations.
+# That can be seen by telling them different stories.
 
 # %%
 opposite = prompt.replace("above", "below")
@@ -219,7 +220,7 @@ assert abs(pixels[0] - pixels[1]).max() <= 2  # the pipeline's own picture, but 
 # `sd3min.training.detector.judge` how often the picture is as T5 has it, and how often as CLIP has.
 
 # %% jupyter={"source_hidden": true}
-# answer: T5, nearly always
+# answer: T5
 from sd3min.training.detector import judge
 
 with torch.no_grad():

@@ -49,8 +49,8 @@ print(f"picture {picture.size}, latents {list(latents.shape)}, tokens {list(toke
 # %% [markdown]
 # ## The table
 #
-# A patch in row $i$ of $N$ stands at $p_i$, and each of a quarter of the channels turns this place
-# into sines and cosines of some frequency; columns likewise:
+# A patch in row $i$ of $N$ stands at $p_i$. Sines and cosines of $d/4$ frequencies say where that
+# is, and fill half of the channels; its column fills the other half:
 #
 # $$p_i = \left(i - \frac{N - s}{2}\right)\frac{S_0}{S}, \qquad
 # \big(\sin(p_i\,\omega_j),\ \cos(p_i\,\omega_j)\big), \qquad \omega_j = 10000^{-4j/d}$$
@@ -84,8 +84,8 @@ plt.show()
 # ## The crop
 #
 # The table is larger than any picture. A picture of $h \times w$ patches gets its **centre**, so
-# that the middle of a picture is always in the same place, and what a wider one has more lies
-# outside of what the narrower one knew.
+# that the middle of a picture is always in the same place, and a wider picture's extra columns lie
+# outside of the narrower one's.
 
 # %%
 wide = min(16 * (columns * 3 // 2), 16 * grid)

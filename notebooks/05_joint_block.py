@@ -74,7 +74,7 @@ print(f"text {list(context.shape)}, image {list(image.shape)}, condition {list(c
 # its answer is kept.
 
 # %%
-block = model.joint_blocks[1]
+block = model.joint_blocks[0]
 own = {
     "text": dict(block.context_block.named_parameters()),
     "image": dict(block.x_block.named_parameters()),
@@ -204,7 +204,6 @@ figure.colorbar(
     drawn,
     ax=panels,
     location="bottom",
-    ticks=[0, 0.01, 0.05, 0.1, 0.2, 0.4],
     label="attention, mean of the heads",
     shrink=0.7,
 )

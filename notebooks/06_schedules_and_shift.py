@@ -30,7 +30,7 @@ from sd3min import CONVENTIONS, flow
 # ## Four stacks, one plot
 #
 # Each line has the number of steps and the shift that its stack uses where nobody says otherwise. A
-# dot is a time at which the network is asked.
+# dot is a time at which the network is asked, but for the last one, $t = 0$, where a run ends.
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -110,7 +110,7 @@ torch.testing.assert_close(shifted / (1 - shifted), 3 * t / (1 - t))
 #
 # So the smallest time has been shifted in step 1 and again in step 3. Nothing in the paper asks for
 # it; it happens because the table of shifted times, and not the trained times, says where a run
-# ends. Every released picture was made so.
+# ends.
 
 
 # %%
@@ -163,7 +163,7 @@ assert abs(flow.sigmas(28, 3.0, "single_shift")[-2] - single) < 1e-6
 # %% jupyter={"source_hidden": true}
 # answer: another α is; the second shift moves the small times, where little is left to decide
 pipe = sd3min.load()  # sd3-tiny
-prompt, shift = "a purple star right of a green cross on white", pipe.defaults.shift
+prompt = "a purple star right of a green cross on white"
 settings = {
     "official": {},
     "shifted once": {"schedule": "single_shift"},

@@ -14,11 +14,11 @@
 # # 10. Fine-tune a new object
 #
 # sd3-tiny knows what was in its training pictures and nothing else. Here it learns a thing that it
-# has never seen, from a dozen pictures, in two minutes: not by training it on, but by a small
-# change beside its layers, a LoRA (Hu et al. 2021), which is a file of its own.
+# has never seen, from a dozen pictures: not by training its weights further, but by a small change
+# beside its layers, a LoRA (Hu et al. 2021), which is a file of its own.
 #
 # The functions are those behind `sd3min finetune`, and the official models are tuned by the same.
-# They need `pip install "sd3min[train]"`.
+# They need the extra `train`: `pip install -e ".[train]"`.
 
 # %%
 import dataclasses
@@ -145,7 +145,7 @@ show(before, asked)
 # $B$ begins at zero, so that nothing is changed at first. What is learnt is how pictures come out
 # of noise under these captions, by the same loss as in training.
 #
-# Left to itself the model would forget: whatever is asked for would become a crescent. So half of
+# Left to itself the model may forget: whatever is asked for would become a crescent. So half of
 # each batch is what it knows already, pictures that it draws itself before it is changed
 # (DreamBooth's prior preservation, Ruiz et al. 2022).
 
@@ -190,7 +190,7 @@ task = FineTuning(
 )
 changed = sum(p.numel() for p in task.parameters() if p.requires_grad)
 total = sum(p.numel() for p in pipe.mmdit.parameters())
-print(f"{changed:,} numbers learn, {changed / total:.1%} of the network's")
+print(f"{changed:,} numbers learn, {changed / (total - changed):.1%} of the network's")
 
 # %% [markdown]
 # ## Exercise 1: how many are these?
@@ -209,10 +209,11 @@ assert changed == (2 * depth - 1) * stream + last_text + final
 torch.testing.assert_close(losses(), losses_before, rtol=1e-5, atol=1e-6)  # B is zero
 
 # %% [markdown]
-# ## Two minutes
+# ## The lesson
 #
-# A rate this high would break a large model; a small one bears it. For a better likeness let it go
-# on longer, with pictures in a folder and a `.txt` beside each:
+# A rate this high would break a large model. For a better likeness let it go on longer, with
+# pictures in a folder and a `.txt` beside each; the command trains as this notebook does, but that
+# all pictures of what is known have one caption:
 #
 #     sd3min finetune --data crescents/ --class-data known/ --class-prompt "a red heart on white" \
 #         --rank 16 --targets attn.qkv,attn.proj,mlp.fc1,mlp.fc2,adaLN_modulation.1 \
@@ -256,12 +257,13 @@ plt.show()
 # %% [markdown]
 # ## Exercise 2: what is left
 #
-# The loss is largest at both ends of time, and stays so. What is it there that no training could
-# teach? Is the mean over the eight times lower than before?
+# Where in time is the loss largest, before and after? What is hard at each end? Is the mean over
+# the eight times lower than before?
 
 # %% jupyter={"source_hidden": true}
-# answer: near t = 0 the noise that has to be told is a small share of what is seen; near t = 1 it
-# is the data that cannot be seen, and so not where in the picture this crescent lies
+# answer: near t = 0 the noise that has to be told is a small share of what is seen, and an error
+# in the data counts 1/t² in the velocity; near t = 1 the data cannot be seen, so that nobody could
+# tell where in the picture this crescent lies
 print(f"mean {losses_before.mean():.3f} before, {losses_after.mean():.3f} after")
 print("left of the loss:", *(f"{share:.0%}" for share in losses_after / losses_before))
 assert losses_after.mean() < losses_before.mean()

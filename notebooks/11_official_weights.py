@@ -25,7 +25,7 @@
 #    --local-dir weights`;
 # 4. put the path of the file into `SD3MIN_WEIGHTS`.
 #
-# The file has 11 GB. Without it this notebook says so, and goes as far as one can.
+# The file is 11 GB. Without it this notebook says so, and goes as far as one can.
 
 # %%
 import os
@@ -42,8 +42,10 @@ from sd3min.mmdit import MMDiT
 from sd3min.probes import verify
 from sd3min.text_encoders import clip, t5
 
-named = os.environ.get("SD3MIN_WEIGHTS", "")
-weights = Path(named) if named and Path(named).exists() else None
+named = os.environ.get("SD3MIN_WEIGHTS")
+weights = Path(named).resolve() if named else None
+if weights and not weights.exists():
+    raise FileNotFoundError(f"SD3MIN_WEIGHTS names {weights}, which is not there")
 if weights is None:
     print("The official weights are not here: set SD3MIN_WEIGHTS to their file and run this again.")
 
@@ -141,12 +143,13 @@ else:
 # ## Generate
 #
 # With `memory="resident"` one part at a time is in memory: the text encoders, then the network,
-# then the autoencoder. `sd3min plan` says how much that is.
+# then the autoencoder. `pipe.plan` says how much that is. On a CPU a picture takes minutes.
 
 # %%
 if weights:
     pipe = sd3min.load(weights, memory="resident")
     prompt = "a green circle below a red heart on white"
+    print(pipe.plan(prompt))
     picture = pipe(prompt, seed=2, progress=False)[0]
     plt.imshow(picture)
     plt.axis("off")

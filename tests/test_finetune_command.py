@@ -156,7 +156,10 @@ def test_the_table_of_options_has_each_once():
         (["--targets", "nothing"], "target nothing is the end of no layer's name"),
         (["--logit_std", "0"], "make no distribution"),
         (["--class-data", "c"], "--class-data goes with --class-prompt"),
+        (["--class-prompt", "a dog"], "--class-prompt goes with --class-data"),
         (["--with_prior_preservation"], "goes with --class-data"),
+        (["--alpha", "0"], "alpha 0.0 make no LoRA"),
+        (["--resolution", "4096"], "pictures of 4096x4096 are beyond the model's positional table"),
         (["--full", "--dtype", "float16"], "leave --dtype out with --full"),
         (["--resume_from_checkpoint", "checkpoint-5"], "name its folder with --out"),
         (["--dataset", "x"], "with either --data FOLDER or --dataset NAME"),
@@ -252,8 +255,8 @@ width = 128
 mlp_width = 64
 heads = 2
 [defaults]
-width = 64
-height = 64
+width = 128
+height = 128
 steps = 2
 guidance_scale = 2.0
 shift = 3.0
@@ -280,7 +283,7 @@ def test_all_stages_of_a_small_plan_make_a_model_that_draws(tmp_path, capsys):
     made = tmp_path / "made" / "made.safetensors"
     assert trained(*given).strip().endswith(str(made))
     first = made.read_bytes()
-    assert sd3min.load(made)("a red circle", progress=False)[0].size == (64, 64)
+    assert sd3min.load(made)("a red circle", progress=False)[0].size == (128, 128)
     assert (tmp_path / "work" / "flow" / "000002.png").exists()
     trained(*given)  # which goes on from where it is done
     assert made.read_bytes() == first
@@ -317,6 +320,17 @@ def test_all_stages_of_a_small_plan_make_a_model_that_draws(tmp_path, capsys):
         (FLOW, FLOW.replace("batch = 4", "batch = 5"), "the flow's batch must be even"),
         ("batch = 4", "bitch = 4", "recipes.reconstruction.bitch is not one of steps"),
         ("widths = [32, 32, 32, 32]", "widths = 32", "autoencoder.widths must be a list, not 32"),
+        (
+            "widths = [32, 32, 32, 32]",
+            "widths = [32, 32]",
+            "makes latents of 1/2 of a picture's side",
+        ),
+        (
+            "width = 128\nheight",
+            "width = 64\nheight",
+            "defaults are 64x128, and scenes are drawn at",
+        ),
+        ("t5_length = 24", "t5_length = 16", "t5_length of 16 must be 24, the longest caption's"),
         ("depth = 1", "depth 1", "is not TOML"),
     ],
 )

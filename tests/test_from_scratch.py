@@ -16,7 +16,7 @@ from sd3min.training.trainer import fit
 
 def encoders_of(folder):
     """Small encoders with room for every caption."""
-    length = vocabulary.LENGTH
+    length = captions.LENGTH
     return small.encoders(small.tokenizers(folder, length), length, t5_length=length)
 
 
@@ -78,11 +78,28 @@ def test_training_starts_with_the_identity_and_with_positions_as_loud_as_words(t
     assert moved > 0.3  # T5 hears the order of its words from the start
 
 
+@pytest.mark.parametrize("told", [text_to_image.rearranged, text_to_image.recoloured])
+def test_what_encoders_are_told_otherwise_is_never_held_out(told):
+    rng, other = random.Random(0), 0
+    for _ in range(1000):
+        scene = scenes.random_scene(rng)
+        heard = told(scene, rng)
+        assert not scenes.is_held_out(heard) and heard.background == scene.background
+        assert [thing.noun for thing in heard.things] == [thing.noun for thing in scene.things]
+        colours, sides = (
+            [thing.colour for thing in heard.things] == [thing.colour for thing in scene.things],
+            [side for side, _ in heard.others] == [side for side, _ in scene.others],
+        )
+        assert sides if told is text_to_image.recoloured else colours
+        other += heard != scene
+    assert other > 500
+
+
 def test_a_longest_caption_fits_the_text_encoders(tmp_path):
     rng = random.Random(0)
     words = max((captions.worded(scenes.random_scene(rng), rng) for _ in range(3000)), key=len)
-    for tokenizer in small.tokenizers(tmp_path, vocabulary.LENGTH):
-        assert 10 < len(tokenizer(words).input_ids) <= vocabulary.LENGTH
+    for tokenizer in small.tokenizers(tmp_path, captions.LENGTH):
+        assert 10 < len(tokenizer(words).input_ids) <= captions.LENGTH
 
 
 def test_parts_of_a_batch_are_learnt_from_as_the_whole(tmp_path):

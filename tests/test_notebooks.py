@@ -87,6 +87,16 @@ def test_every_exercise_has_an_answer_that_is_hidden_and_checked(source):
         assert any(is_check(node) for node in ast.parse(answer.source).body)
 
 
+@each_notebook
+def test_a_notebook_is_committed_with_the_outputs_of_its_source(source):
+    path = source.with_suffix(".ipynb")
+    executed = TOOL["nbformat"].read(path, 4)
+    of_source = [(cell.cell_type, cell.source) for cell in jupytext.read(source).cells]
+    assert [(cell.cell_type, cell.source) for cell in executed.cells] == of_source
+    assert all(cell.execution_count for cell in code_of(executed.cells))
+    assert drawn(executed) and path.stat().st_size < MOST_BYTES
+
+
 @each_to_run
 def test_a_notebook_runs_and_draws(source):
     notebook = TOOL["lighten"](TOOL["execute"](source))

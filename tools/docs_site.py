@@ -1,17 +1,19 @@
 """What MkDocs asks while it builds the site of `docs/mkdocs.yml`: pages that are made of code.
 
-`make docs` runs it. The README, the notebooks and every module become pages as they are; the paper
-map, the options and the conventions become tables. Nothing that is generated is kept in a file.
+`make docs` runs it. The README, the executed notebooks and every module become pages as they are;
+the paper map, the options and the conventions become tables. None of these pages is kept in a file.
 """
 
 import argparse
+import base64
 import posixpath
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jupytext
+import nbformat
 import paper_map
 import torch
 from latex2mathml.converter import convert as latex_to_mathml
@@ -87,7 +89,8 @@ def address(target: str, folder: str) -> str:
     if "://" in target or target.startswith("#"):
         return target
     file = posixpath.normpath(posixpath.join(folder, target))
-    return INCLUDED.get(file) or (source_page(file) if file.endswith(".py") else file)
+    page = INCLUDED.get(file) or (source_page(file) if file.endswith(".py") else file)
+    return page.removeprefix("docs/pages/")
 
 
 def included(file: str) -> str:
@@ -122,17 +125,44 @@ def with_formulas(markdown: str) -> str:
     return FORMULA.sub(formula, markdown)
 
 
-def notebook(path: Path) -> str:
-    """A notebook in jupytext's percent format as a page, not executed."""
-    cells = jupytext.read(path).cells
+def fenced(text: str, language: str) -> str:
+    """Code, or what it prints."""
+    return f"{FENCE}{language}\n{text.rstrip()}\n{FENCE}"
+
+
+def pictures(cell: Any) -> list[bytes]:
+    """What a cell of an executed notebook draws, in PNG."""
+    drawn = (output.get("data", {}).get("image/png") for output in cell.get("outputs", ()))
+    return [base64.b64decode(picture) for picture in drawn if picture]
+
+
+def code_cell(cell: Any, stem: str) -> str:
+    """A cell's code, what it printed and what it drew; answers to exercises are folded away."""
+    printed = "".join(output.get("text", "") for output in cell.get("outputs", ()))
+    parts = [fenced(cell.source, "python"), *([fenced(printed, "text")] if printed else [])]
+    parts += [f"![]({stem}-{cell.id}-{i}.png)" for i in range(len(pictures(cell)))]
+    whole = "\n\n".join(parts)
+    if not cell.metadata.get("jupyter", {}).get("source_hidden"):
+        return whole
+    title = "Answer" if cell.source.startswith("# answer") else "Hidden"
+    return f'??? note "{title}"\n\n{textwrap.indent(whole, "    ")}'
+
+
+def notebook(path: Path) -> dict[str, str | bytes]:
+    """A notebook as a page, with its pictures."""
+    place = f"notebooks/{path.stem}"
+    cells = nbformat.read(path, nbformat.NO_CONVERT).cells
     parts = (
-        with_formulas(cell.source)
-        if cell.cell_type == "markdown"
-        else f"```python\n{cell.source}\n```"
+        with_formulas(cell.source) if cell.cell_type == "markdown" else code_cell(cell, path.stem)
         for cell in cells
     )
-    run = f"Run it: `jupytext --to notebook notebooks/{path.name}`, then open it in Jupyter."
-    return "\n\n".join((*parts, run))
+    run = f"Run it: open `{place}.ipynb` in Jupyter; its source is `{place}.py`."
+    drawn: dict[str, str | bytes] = {
+        f"{place}-{cell.id}-{i}.png": picture
+        for cell in cells
+        for i, picture in enumerate(pictures(cell))
+    }
+    return drawn | {f"{place}.md": "\n\n".join((*parts, run))}
 
 
 def reference(page: str, names: list[str]) -> str:
@@ -209,14 +239,14 @@ TABLES = {
 }
 
 
-def made() -> dict[str, str]:
-    """All generated pages by their address."""
-    pages = {page: included(file) for file, page in INCLUDED.items()}
+def made() -> dict[str, str | bytes]:
+    """All generated pages and pictures by their address."""
+    pages: dict[str, str | bytes] = {page: included(file) for file, page in INCLUDED.items()}
     pages["paper.md"] = paper_map.render(source_page)
     pages["commands.md"] = commands_page()
     pages |= {f"reference/{page}.md": reference(page, names) for page, names in grouped().items()}
-    for path in sorted((ROOT / "notebooks").glob("*.py")):
-        pages[f"notebooks/{path.stem}.md"] = notebook(path)
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        pages |= notebook(path)
     for folder in ("sd3min", "tools", "notebooks"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             pages[source_page(path.relative_to(ROOT).as_posix())] = listing(path)
@@ -225,7 +255,7 @@ def made() -> dict[str, str]:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Lay out the site."""
-    notebooks = sorted(path.stem for path in (ROOT / "notebooks").glob("*.py"))
+    notebooks = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
     guides = ("generate", "memory", "finetune", "lora", "official", "conventions")
     config.nav = [
         {"Home": "index.md"},

@@ -3,13 +3,13 @@
     python tools/dreambooth.py --work FOLDER [--object robot] [--weights FILE] [--out FILE]
 
 Five pictures of one object that sd3-tiny was never shown, each on another background, are what
-`sd3min finetune` is given, with pictures of the class that the model makes itself. Then 200 prompts
-put the object into relations with known things, 200 others do without it, and 100 ask for the plain
-class; the detector judges all of them with the LoRA and without.
+`sd3min finetune` is given, and pictures that the model makes itself of what it knows, to be kept.
+Then 200 prompts put the object into relations with known objects, 200 ask for the same with a plain
+thing of its class, and 200 others do without either; the detector judges all of them with the LoRA
+and without, and what the autoencoder alone makes of drawn scenes with the object.
 """
 
 import argparse
-import dataclasses
 import json
 import random
 import shutil
@@ -17,21 +17,25 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from PIL import Image
 from tqdm import tqdm
 
 import sd3min
 from sd3min import cli
-from sd3min.pipeline import Pipeline
-from sd3min.training import captions, scenes
+from sd3min.files import whole
+from sd3min.pipeline import Pipeline, to_pictures
+from sd3min.training import captions, images, scenes
 from sd3min.training.detector import judge
 from sd3min.training.grid import grid
 
 FIGURES = Path(__file__).parents[1] / "weights" / "figures"
 PROMPTS = 200
-CLASS = "cat"  # what the object is called a kind of: its place in a caption, and its shape
+CLASS = "cat"  # what the object is called a kind of
 SUBJECT = f"{captions.SPARE} {CLASS}"
 BATCH = 20
-COURSE = {"steps": 400, "batch": 4, "rate": 1e-3, "rank": 4, "class-images": 60}
+KEPT = 96  # pictures of what the model knows, half of them with a thing of the class
+COURSE = {"steps": 400, "batch": 4, "rate": 1e-3, "rank": 4}
 
 
 def instance(noun: str, number: int) -> scenes.Scene:
@@ -48,39 +52,62 @@ def write_pictures(noun: str, folder: Path) -> None:
         (folder / f"{i}.txt").write_text(f"a {SUBJECT} on {scene.background}")
 
 
-def with_subject(noun: str, count: int) -> list[scenes.Scene]:
-    """Scenes of the object and one or two known things, in relations."""
-    rng, found = random.Random(f"with {noun}"), []
+def keep_known(pipe: Pipeline, folder: Path) -> float:
+    """Pictures that the model makes of what it knows, captioned; the share that shows that."""
+    folder.mkdir(parents=True)
+    rng = random.Random("known")
+    wanted = [*of_class(KEPT // 2, "known"), *(scenes.random_scene(rng) for _ in range(KEPT // 2))]
+    made = render(pipe, wanted)
+    for i, (picture, scene) in enumerate(zip(made, wanted, strict=True)):
+        sd3min.save(picture, folder / f"{i:03}.png")
+        (folder / f"{i:03}.txt").write_text(captions.caption(scene))
+    return right(made, wanted)
+
+
+def of_class(count: int, seed: str) -> list[scenes.Scene]:
+    """Different scenes of training in which a thing of the class stands with another object."""
+    rng, found = random.Random(seed), dict[scenes.Scene, None]()
     while len(found) < count:
         scene = scenes.random_scene(rng)
-        plain = scenes.Scene(scenes.Thing(CLASS), scene.others, scene.background)
-        known = CLASS not in [thing.noun for thing in scene.things]
-        if scene.others and known and not scenes.is_held_out(plain):
-            found.append(dataclasses.replace(plain, first=scenes.Thing(noun)))
-    return found
+        objects = [thing.noun for thing in scene.things if thing.colour is None]
+        if CLASS in objects and len(objects) > 1:
+            found[scene] = None
+    return list(found)
 
 
-def of_class(count: int) -> list[scenes.Scene]:
-    """Scenes of training in which there is a plain thing of the class."""
-    rng, found = random.Random("of the class"), []
-    while len(found) < count:
-        scene = scenes.random_scene(rng)
-        if CLASS in [thing.noun for thing in scene.things]:
-            found.append(scene)
-    return found
+def with_subject(scene: scenes.Scene, noun: str) -> scenes.Scene:
+    """The scene with the object in the place of the thing of the class."""
+    first, *others = (
+        scenes.Thing(noun) if thing.noun == CLASS else thing for thing in scene.things
+    )
+    sides = [relation for relation, _ in scene.others]
+    return scenes.Scene(first, tuple(zip(sides, others, strict=True)), scene.background)
 
 
-def said(scene: scenes.Scene, noun: str) -> str:
+def said(scene: scenes.Scene) -> str:
     """A scene's caption, in which the object has its learnt name."""
-    return captions.caption(scene).replace(captions.with_article(noun), f"a {SUBJECT}")
+    words = captions.caption(scene)
+    for noun in scenes.UNSEEN_OBJECTS:
+        words = words.replace(captions.with_article(noun), f"a {SUBJECT}")
+    return words
 
 
-def render(pipe: Pipeline, wanted: Sequence[scenes.Scene], noun: str) -> list:
+def render(pipe: Pipeline, wanted: Sequence[scenes.Scene]) -> list[Image.Image]:
     """A picture of each scene, its seed the scene's index."""
     pictures = []
     for first in tqdm(range(0, len(wanted), BATCH), leave=False):
-        words = [said(scene, noun) for scene in wanted[first : first + BATCH]]
+        words = [said(scene) for scene in wanted[first : first + BATCH]]
         pictures += pipe(words, seed=first, progress=False)
+    return pictures
+
+
+@torch.no_grad()
+def reconstructed(pipe: Pipeline, wanted: Sequence[scenes.Scene]) -> list[Image.Image]:
+    """Drawn scenes after the autoencoder alone, which has never seen the object either."""
+    rng, pictures = random.Random("drawn"), []
+    for first in range(0, len(wanted), BATCH):
+        drawn = images.drawn(wanted[first : first + BATCH], rng)
+        pictures += to_pictures(pipe.autoencoder.decode(pipe.autoencoder.encode(drawn)))
     return pictures
 
 
@@ -89,16 +116,14 @@ def right(pictures: Sequence, wanted: Sequence[scenes.Scene]) -> float:
     return sum(judge(p, s).right for p, s in zip(pictures, wanted, strict=True)) / len(wanted)
 
 
-def finetune(weights: Path | None, work: Path) -> float:
-    """Train the LoRA, after the class's pictures are made; minutes that both took."""
-    began = time.monotonic()
+def finetune(weights: Path | None, work: Path) -> None:
+    """Train the LoRA."""
     options = [f"--{name}={value}" for name, value in COURSE.items()]
     given = ["--weights", str(weights)] if weights else []
-    data = ["--data", str(work / "pictures"), "--class-data", str(work / "class")]
-    call = ["finetune", *given, *data, "--class-prompt", f"a {CLASS}", *options]
-    if cli.main([*call, "--train-clips", "--out", str(work / "run")]):
+    data = ["--data", str(work / "pictures"), "--class-data", str(work / "known")]
+    data += ["--class-prompt", f"a {CLASS}", "--class-images", str(KEPT)]  # which have captions
+    if cli.main(["finetune", *given, *data, *options, "--train-clips", "--out", str(work / "run")]):
         raise SystemExit(1)
-    return (time.monotonic() - began) / 60
 
 
 def main() -> None:
@@ -106,38 +131,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--work", type=Path, required=True, help="the run goes into a new folder")
     parser.add_argument("--object", choices=scenes.UNSEEN_OBJECTS, default="robot")
     parser.add_argument("--weights", type=Path, help="default: the shipped weights")
     parser.add_argument("--out", type=Path, default=FIGURES / "dreambooth.json")
     arguments = parser.parse_args()
-    noun, work = arguments.object, arguments.work
-    for folder in ("pictures", "class", "run"):
-        shutil.rmtree(work / folder, ignore_errors=True)
+    noun, work = arguments.object, arguments.work / f"dreambooth-{arguments.object}"
+    shutil.rmtree(work, ignore_errors=True)
+    ordinary = of_class(PROMPTS, "asked")
+    asked = {
+        "with the object": [with_subject(scene, noun) for scene in ordinary],
+        "with its class": ordinary,
+        "without either": scenes.prompts("seen", PROMPTS),
+    }
+    plain = sd3min.load(arguments.weights)
     write_pictures(noun, work / "pictures")
-    minutes = finetune(arguments.weights, work)
+    began = time.monotonic()
+    known = keep_known(plain, work / "known")
+    finetune(arguments.weights, work)
+    minutes = (time.monotonic() - began) / 60
     lora = work / "run" / "lora.safetensors"
 
-    plain, tuned = sd3min.load(arguments.weights), sd3min.load(arguments.weights, lora=lora)
-    asked = {
-        "with the object": with_subject(noun, PROMPTS),
-        "without it": scenes.prompts("seen", PROMPTS),
-        "of its class": of_class(PROMPTS // 2),
-    }
+    tuned = sd3min.load(arguments.weights, lora=lora)
+    made = {name: render(tuned, wanted) for name, wanted in asked.items()}
+    drawn = reconstructed(plain, asked["with the object"])
     figures = {
+        "weights": plain.weights,
         "object": noun,
         "course": COURSE,
         "minutes": round(minutes, 1),
+        "threads": torch.get_num_threads(),
         "bytes": lora.stat().st_size,
+        "prompts": PROMPTS,
+        "right": {name: right(made[name], wanted) for name, wanted in asked.items()},
+        "right without the LoRA": {
+            name: right(render(plain, wanted), wanted) for name, wanted in asked.items()
+        },
+        "right of the pictures that were kept": known,
+        "right of drawn scenes after the autoencoder": right(drawn, asked["with the object"]),
     }
-    made = {name: render(tuned, wanted, noun) for name, wanted in asked.items()}
-    for name, wanted in asked.items():
-        figures[name] = right(made[name], wanted)
-        figures[f"{name}, no LoRA"] = right(render(plain, wanted, noun), wanted)
-    arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
+    with whole(arguments.out) as part:
+        part.write_text(json.dumps(figures, indent=2) + "\n")
     learnt = [scenes.draw(instance(noun, i), random.Random(i)) for i in range(5)]
     shown = grid([*learnt, *made["with the object"][:10]], columns=5)
-    shown.save(arguments.out.with_suffix(".png"))
+    sd3min.save(shown, arguments.out.with_suffix(".png"))
     print(json.dumps(figures, indent=2))
 
 

@@ -19,12 +19,14 @@ import torch
 from tqdm import tqdm
 
 import sd3min
+from sd3min.checkpoint import Checkpoint, tiny
 from sd3min.files import whole
 from sd3min.pipeline import Pipeline, to_pictures
 from sd3min.probes.ablation import ENCODERS, without_encoder
 from sd3min.training import captions, images, scenes
 from sd3min.training.detector import Verdict, judge
 
+ACCURACY = Path(__file__).parents[1] / "weights" / "sd3-tiny" / "accuracy.json"
 BATCH = 25
 ASPECTS = ("count", "noun", "colour", "relation", "background", "right")
 GUIDANCE = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0)
@@ -100,7 +102,7 @@ def figures_to_measure(weights: Path | None, count: int) -> dict[str, Callable[[
     pipe = sd3min.load(weights)
     seen, half = scenes.prompts("seen", count), count // 2
     pairs, triples = (scenes.prompts(kind, half) for kind in ("pairs", "triples"))
-    few, fewer = (seen[:n] + pairs[: n // 2] + triples[: n // 2] for n in (count // 5, count // 10))
+    few, fewer = (seen[:n] + pairs[: n // 2] + triples[: n // 2] for n in (count // 8, count // 10))
     plan: dict[str, Callable[[], Figure]] = {}
     for name, wanted in (("seen", seen), ("pairs", pairs), ("triples", triples)):
         plan[name] = partial(rendered, pipe, wanted)
@@ -161,20 +163,21 @@ def main() -> None:
     parser.add_argument(
         "--count", type=int, default=1000, help="seen, and as many held-out prompts"
     )
-    parser.add_argument("--out", type=Path, default=Path("weights/sd3-tiny/accuracy.json"))
+    parser.add_argument("--out", type=Path, default=ACCURACY)
     parser.add_argument("--only", nargs="+", default=[], help="figures, or groups such as steps")
     arguments = parser.parse_args()
     if arguments.count < 20:
         parser.error(f"--count {arguments.count} is too few; 20 is the least")
-    plan = figures_to_measure(arguments.weights, arguments.count)
-    groups = {name.split("/")[0] for name in plan}
-    if unknown := [name for name in arguments.only if name not in groups | plan.keys()]:
-        parser.error(f"--only {unknown[0]} is not one of {', '.join(sorted(groups))}")
-    header = {"weights": sd3min.load(arguments.weights).weights, "count": arguments.count}
+    path = arguments.weights or tiny()
+    header = {"weights": Checkpoint.open(path).fingerprint(), "count": arguments.count}
     try:
         figures = begun(arguments.out, header)
     except ValueError as error:
         parser.error(str(error))
+    plan = figures_to_measure(path, arguments.count)
+    groups = {name.split("/")[0] for name in plan}
+    if unknown := [name for name in arguments.only if name not in groups | plan.keys()]:
+        parser.error(f"--only {unknown[0]} is not one of {', '.join(sorted(groups))}")
     measured = figures["measured"]
     for name, measure in plan.items():
         chosen = {name, name.split("/")[0]} & set(arguments.only)

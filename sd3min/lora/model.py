@@ -60,8 +60,11 @@ def add(
     finds nothing.
     """
     alpha = rank if alpha is None else alpha
-    if rank < 1 or not math.isfinite(alpha):
-        raise Refusal(f"rank {rank} and alpha {alpha} make no LoRA: pass a rank of at least 1")
+    if rank < 1 or not math.isfinite(alpha) or alpha == 0:
+        raise Refusal(
+            f"rank {rank} and alpha {alpha} make no LoRA: pass a rank of at least 1, and an alpha "
+            "that is not 0"
+        )
     found = [
         (layer, rows)
         for part, module in modules.items()

@@ -5,6 +5,7 @@ import re
 
 from sd3min.training.scenes import BACKGROUNDS, COLOURS, NOUNS, RELATIONS, Scene, Thing
 
+LENGTH = 24  # tokens that have room for any caption, with the marks of start and end
 SPARE = "sks"  # as the guides to fine-tuning have it
 OPENINGS = ("", "a picture of ", "there is ")
 SYNONYMS = {

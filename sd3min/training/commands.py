@@ -71,7 +71,7 @@ def add_material(parser: argparse.ArgumentParser) -> None:
     add("--class-data", "--class_data_dir", type=Path, metavar="FOLDER", help=prior)
     add("--class-prompt", "--class_prompt", type=options.text, metavar="TEXT", help="their caption")
     add("--class-images", "--num_class_images", type=options.whole, default=100, help="how many")
-    add("--with_prior_preservation", action="store_true", help="needs --class-data")
+    add("--with_prior_preservation", action="store_true", help="is so where --class-data is given")
     weight = "how much the class counts beside the subject"
     add("--prior-weight", "--prior_loss_weight", type=options.number, default=1.0, help=weight)
     side = "side of square pictures, others as many pixels (default: the weights')"
@@ -96,7 +96,7 @@ def add_tuning(parser: argparse.ArgumentParser) -> None:
     add("--logit_std", type=options.number, default=1.0, help="of the density of times")
     add("--mode_scale", type=options.number, default=1.29, help="of the density of times")
     add("--precondition_outputs", type=options.whole, default=1, help="1 or 0, as diffusers")
-    add("--shift", type=options.number, default=3.0, help="of the times (default: 3)")
+    add("--shift", type=options.number, help="of the times (default: the weights')")
 
 
 def add_course(parser: argparse.ArgumentParser) -> None:

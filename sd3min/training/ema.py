@@ -6,15 +6,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from sd3min.config import Refusal
-
 
 class Average:
     """w̄ ← d·w̄ + (1 − d)·w after every step, d at first smaller; a decay of 0 keeps no average."""
 
     def __init__(self, weights: Mapping[str, Tensor], decay: float):
-        if not 0 <= decay < 1:
-            raise Refusal(f"the average's decay must be in [0, 1), not {decay}")
         self.decay, self.steps = decay, 0
         self.live = dict(weights) if decay else {}
         self.kept = {name: p.detach().clone() for name, p in self.live.items()}
@@ -33,9 +29,9 @@ class Average:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a checkpoint's average; Refusal where it is of other weights."""
+        """Go on from a checkpoint's average; ValueError where it is of other weights."""
         if state["kept"].keys() != self.kept.keys():
-            raise Refusal("the checkpoint keeps an average of other weights, or none")
+            raise ValueError("the checkpoint keeps an average of other weights, or none")
         self.steps = state["steps"]
         for name, tensor in state["kept"].items():
             self.kept[name].copy_(tensor)

@@ -25,7 +25,7 @@ from sd3min.mmdit import MMDiT
 from sd3min.parts import TITLES
 from sd3min.pipeline import Pipeline
 from sd3min.text_encoders import TextEncoders
-from sd3min.training import images, reading, records, text_to_image, vocabulary
+from sd3min.training import captions, images, reading, records, text_to_image, vocabulary
 from sd3min.training.grid import grid
 from sd3min.training.plan import Plan
 from sd3min.training.recipe import PATIENCE
@@ -46,11 +46,11 @@ def train_autoencoder(autoencoder: Autoencoder, plan: Plan, work: Path) -> None:
 
 
 def identity(plan: Plan, start: Path | None) -> dict[str, Any]:
-    """What decides a run, which may be longer or shorter."""
+    """What decides a run; its last stage, the flow, may be longer or shorter."""
     told = dataclasses.asdict(plan)
-    del told["look_every"], told["prompts"]
+    del told["look_every"], told["prompts"], told["recipes"]["flow"]["steps"]
     for recipe in told["recipes"].values():
-        del recipe["steps"], recipe["save_every"]
+        del recipe["save_every"]
     return told | {"from": start and Checkpoint.open(start).fingerprint()}
 
 
@@ -61,7 +61,7 @@ def make_encoders(plan: Plan, work: Path) -> TextEncoders:
     kinds = (CLIPTokenizer, CLIPTokenizer, T5Tokenizer)
     places = zip(kinds, vocabulary.FOLDERS, strict=True)
     tokenizers = [kind.from_pretrained(work / place) for kind, place in places]
-    length = vocabulary.LENGTH
+    length = captions.LENGTH
     clip_l, clip_g = (
         CLIPConfig(**plan.clip, vocabulary=len(tokenizers[i]), length=length) for i in range(2)
     )

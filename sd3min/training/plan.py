@@ -6,8 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from sd3min.config import AutoencoderConfig, CLIPConfig, Defaults, Refusal, T5Config
-from sd3min.training import records
+from sd3min.config import (
+    LATENT_DOWNSCALING,
+    AutoencoderConfig,
+    CLIPConfig,
+    Defaults,
+    Refusal,
+    T5Config,
+)
+from sd3min.training import captions, records, scenes
 from sd3min.training.recipe import Recipe
 
 STAGES = ("reconstruction", "decoder", "reading", "flow")
@@ -45,6 +52,7 @@ class Plan:
             raise Refusal(f"recipes are of {', '.join(STAGES)}, not of {', '.join(unknown)}")
         if self.recipes["flow"].batch % 2:
             raise Refusal("the flow's batch must be even: each picture has two noises")
+        self.check_pictures()
         sizes = {"clip": CLIPConfig, "t5": T5Config}
         for name, kind in sizes.items():
             told = getattr(self, name)
@@ -56,6 +64,21 @@ class Plan:
         for name, value in sizes.items():
             if value < 1:
                 raise Refusal(f"{name} of {value} must be at least 1")
+
+    def check_pictures(self) -> None:
+        """Refuse defaults and an autoencoder that do not fit the scenes that are drawn."""
+        side, own = scenes.LAYOUT_SIZE, (self.defaults.width, self.defaults.height)
+        if own != (side, side):
+            raise Refusal(f"defaults are {own[0]}x{own[1]}, and scenes are drawn at {side}x{side}")
+        if self.defaults.t5_length != captions.LENGTH:
+            told = f"defaults.t5_length of {self.defaults.t5_length}"
+            raise Refusal(f"{told} must be {captions.LENGTH}, the longest caption's tokens")
+        smaller = 2 ** (len(self.autoencoder.widths) - 1)
+        if smaller != LATENT_DOWNSCALING:
+            raise Refusal(
+                f"autoencoder.widths makes latents of 1/{smaller} of a picture's side: "
+                f"1/{LATENT_DOWNSCALING} are needed, as 4 widths give"
+            )
 
 
 def filled(kind: Any, told: Any, place: str) -> Any:

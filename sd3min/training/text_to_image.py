@@ -21,7 +21,7 @@ from sd3min.training import captions, scenes
 from sd3min.training.conditioning import Layout, leave_out
 from sd3min.training.images import drawn
 from sd3min.training.objective import paper, velocity_errors
-from sd3min.training.records import save
+from sd3min.training.records import load, save
 from sd3min.training.trainer import Losses, Task
 
 NO_CAPTION = 0.1  # of the captions are left empty, for guidance
@@ -62,7 +62,7 @@ class Latents:
         """Read them from `path`, or draw and encode `count` scenes and write them there."""
         if not path.exists():
             save(self.encode(autoencoder, count, chunk), path)
-        state = torch.load(path)
+        state = load(path)
         self.means = state["mean"]
         self.scenes = [captions.parse(caption) for caption in state["captions"]]
 
@@ -115,8 +115,8 @@ def encode(
     """What the encoders say of the scenes; each is left out of some of them, as zeros.
 
     Each has something to say that the others may have wrong, and so the network learns to ask
-    each. Where T5 reads the caption, both CLIPs read it with its relations by chance; where CLIP-L
-    does, in `RECOLOURED` of the captions CLIP-G and T5 read it with its colours by chance. Differs
+    each. Where T5 is heard, both CLIPs read the caption with its relations by chance; where CLIP-L
+    is heard, CLIP-G and T5 read `RECOLOURED` of the captions with their colours by chance. Differs
     from the paper, where all three read the same (App. B.3): a caption this short is read by any
     one encoder, and the network would do without the others. Differs from the paper, where each is
     left out of 46.4 % (App. B.3): here of `LEFT_OUT`, and `NO_CAPTION` are empty.

@@ -17,10 +17,8 @@ from torch import nn
 from tqdm import tqdm
 
 from sd3min import checkpoint, lora, pipeline
-from sd3min.autoencoder import Autoencoder
 from sd3min.config import Refusal
 from sd3min.fast.prompts import CachedEncoders, held_back
-from sd3min.mmdit import MMDiT
 from sd3min.pipeline import Pipeline
 from sd3min.text_encoders import Conditioning, TextEncoders
 from sd3min.training import objective, records
@@ -35,10 +33,10 @@ from sd3min.training.weights import save_parts
 
 REMEMBERED = 256  # prompts kept in memory, of 5 MB each for the official encoders
 DECISIVE = (  # options that another run in the same folder must not differ in
-    *("objective", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "shift"),
+    *("objective", "weighting_scheme", "logit_mean", "logit_std", "mode_scale"),
     *("precondition_outputs", "full", "rank", "alpha", "targets", "train_clips", "dropout"),
     *("no_t5", "prior_weight", "rate", "schedule", "warmup", "clip", "average", "precision"),
-    *("seed", "resolution", "dtype", "accumulation"),
+    *("seed", "resolution", "dtype"),
 )
 
 
@@ -64,8 +62,8 @@ def class_pictures(pipe: Pipeline, arguments: argparse.Namespace, side: int) -> 
     return read_folder(folder, prompt)
 
 
-def chosen_objective(arguments: argparse.Namespace) -> objective.Objective:
-    """The objective that the options name."""
+def chosen_objective(arguments: argparse.Namespace, shift: float) -> objective.Objective:
+    """The objective that the options name, its times shifted."""
     name = arguments.objective or ("diffusers" if arguments.weighting_scheme else "paper")
     if name not in objective.OBJECTIVES:
         raise Refusal(f"objective {name} is not one of {', '.join(objective.OBJECTIVES)}")
@@ -73,25 +71,23 @@ def chosen_objective(arguments: argparse.Namespace) -> objective.Objective:
         if arguments.weighting_scheme:
             raise Refusal("--weighting_scheme is diffusers' or kohya's: pass --objective too")
         density = objective.LogitNormal(arguments.logit_mean, arguments.logit_std)
-        return objective.paper(density, arguments.shift)
+        return objective.paper(density, shift)
     scheme = arguments.weighting_scheme or ("logit_normal" if name == "diffusers" else "uniform")
     density = arguments.logit_mean, arguments.logit_std, arguments.mode_scale
     if name == "kohya":
-        return objective.kohya(scheme, arguments.shift, *density)
-    return objective.diffusers(
-        scheme, arguments.shift, bool(arguments.precondition_outputs), *density
-    )
+        return objective.kohya(scheme, shift, *density)
+    return objective.diffusers(scheme, shift, bool(arguments.precondition_outputs), *density)
 
 
-def chosen_tuning(arguments: argparse.Namespace) -> Tuning:
-    """What the options change, and how."""
+def chosen_tuning(arguments: argparse.Namespace, shift: float) -> Tuning:
+    """What the options change, and how, at times of some shift."""
     if not 0 <= arguments.dropout < 1:
         raise Refusal(f"a dropout of {arguments.dropout} must be at least 0 and below 1")
     return Tuning(
         rank=None if arguments.full else arguments.rank,
         alpha=arguments.alpha,
         targets=arguments.targets.split(",") if arguments.targets else None,
-        objective=chosen_objective(arguments),
+        objective=chosen_objective(arguments, shift),
         dropout=arguments.dropout,
         gradient_checkpointing=arguments.gradient_checkpointing,
         seed=arguments.seed,
@@ -127,26 +123,13 @@ def check(arguments: argparse.Namespace) -> None:
         raise Refusal("--with_prior_preservation goes with --class-data and --class-prompt")
     if arguments.class_data and arguments.class_prompt is None:
         raise Refusal("--class-data goes with --class-prompt, the caption of its pictures")
+    if arguments.class_prompt is not None and not arguments.class_data:
+        raise Refusal("--class-prompt goes with --class-data, the folder of its pictures")
     if not 0 <= arguments.prior_weight < math.inf:
         raise Refusal(f"a prior weight of {arguments.prior_weight} is not a number of 0 or more")
     if arguments.full and arguments.dtype not in (None, "float32"):
         raise Refusal("the whole network is trained in float32: leave --dtype out with --full")
-
-
-class Sampler(Pipeline):
-    """A pipeline on its way through training, whose text encoders may be a cache."""
-
-    def __init__(
-        self,
-        mmdit: MMDiT,
-        autoencoder: Autoencoder,
-        text_encoders: Any,
-        opened: checkpoint.Checkpoint,
-    ):
-        self.mmdit, self.autoencoder, self.text_encoders = mmdit, autoencoder, text_encoders
-        self.config, self.defaults = mmdit.config, opened.defaults
-        self.weights, self.loras, self.kinds = opened.fingerprint(), (), {}
-        self.device, self.dtype = mmdit.pos_embed.device, mmdit.pos_embed.dtype
+    chosen_tuning(arguments, 1.0 if arguments.shift is None else arguments.shift)
 
 
 @dataclass(frozen=True)
@@ -168,19 +151,23 @@ class Bench:
         side = opened.defaults.width if arguments.resolution is None else arguments.resolution
         if side % 16 or side < 16:
             raise Refusal(f"a resolution of {side} is not a multiple of 16")
+        refuse_beyond(opened.parts["mmdit"].config.largest_side, side, side)
         asked = "float32" if arguments.full else arguments.dtype
         dtype, place = opened.placement(device, asked)
         encoders = encoders_of(opened, arguments, dtype, place)
         mmdit, autoencoder = (opened.load(name, dtype, place) for name in ("mmdit", "autoencoder"))
-        pipe = Sampler(mmdit, autoencoder, encoders, opened)
+        pipe = Pipeline(mmdit, autoencoder, encoders, opened.defaults, opened.fingerprint())
         cache = LatentCache(autoencoder, arguments.out / "cache" / "latents")
         return cls(opened, pipe, cache, side)
 
     def material(self, examples: Sequence[Example], weight: float = 1.0) -> Material:
         """Examples, encoded or found in the caches."""
         captions = [example.caption for example in examples]
+        buckets = self.latents.encode(examples, self.side)
+        for bucket in buckets:
+            refuse_beyond(self.pipe.config.largest_side, *bucket.size)
         self.remember(captions)
-        return Material(self.latents.encode(examples, self.side), captions, weight)
+        return Material(buckets, captions, weight)
 
     def remember(self, prompts: Sequence[str]) -> None:
         """Put prompts into the cache, if that is where encoders' words come from."""
@@ -201,6 +188,15 @@ class Bench:
         encode = warning_once(encoders) if clips else remembered(encoders)
         layout = Layout.of(*(self.opened.parts[name].config for name in ("clip_l", "clip_g")))
         return FineTuning(parts, encode, layout, tuning, materials, batch)
+
+
+def refuse_beyond(most: int, width: int, height: int) -> None:
+    """Refuse pictures that the positional table does not cover."""
+    if max(width, height) > most:
+        raise Refusal(
+            f"pictures of {width}x{height} are beyond the model's positional table: pass a smaller "
+            f"--resolution, for sides of at most {most} pixels"
+        )
 
 
 def encoders_of(
@@ -244,9 +240,12 @@ def remembered(encoders: CachedEncoders) -> Callable[[Sequence[str]], Conditioni
     return encode
 
 
-def keep_options(arguments: argparse.Namespace, bench: Bench, materials: list[Material]) -> None:
+def keep_options(
+    arguments: argparse.Namespace, bench: Bench, materials: list[Material], batch: int, shift: float
+) -> None:
     """Write down what decides a run; Refusal where its folder has a run of something else."""
     options = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in DECISIVE}
+    options |= {"pictures a step": batch, "--shift": shift}
     captions = json.dumps([material.captions for material in materials])
     pictures = hashlib.sha256()
     for material in materials:
@@ -266,7 +265,6 @@ def keep_options(arguments: argparse.Namespace, bench: Bench, materials: list[Ma
 def run(arguments: argparse.Namespace) -> Path:
     """Fine-tune as the options say; the path of what was made."""
     check(arguments)
-    tuning = chosen_tuning(arguments)
     on_cpu = arguments.device == "cpu" or not torch.cuda.is_available()
     state = PartialState(cpu=on_cpu, timeout=PATIENCE)
     course = recipe(arguments, state.num_processes, not on_cpu)
@@ -274,6 +272,7 @@ def run(arguments: argparse.Namespace) -> Path:
     records.make(arguments.out)
     own = arguments.device in (None, "cuda")  # each process has a GPU of its own
     bench = Bench.of(arguments, str(state.device) if own else arguments.device)
+    shift = bench.opened.defaults.shift if arguments.shift is None else arguments.shift
 
     with state.main_process_first():
         materials = [bench.material(examples)]
@@ -285,8 +284,9 @@ def run(arguments: argparse.Namespace) -> Path:
             held = bench.material(read_folder(arguments.validation_data, arguments.prompt))
         bench.remember([*(arguments.sample or []), ""])
         if state.is_main_process:
-            keep_options(arguments, bench, materials)
+            keep_options(arguments, bench, materials, course.batch, shift)
 
+    tuning = chosen_tuning(arguments, shift)
     task = bench.task(tuning, materials, course.batch, arguments.train_clips)
     looks = list(watches(arguments, bench, task, held, len(examples), state))
     fit(task, course, arguments.out, looks, arguments.report_to == "tensorboard")

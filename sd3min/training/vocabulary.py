@@ -14,11 +14,11 @@ from typing import Any
 
 from transformers import CLIPTokenizer, T5Tokenizer
 
+from sd3min.checkpoint import TOKENIZERS
 from sd3min.training import captions
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-FOLDERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # as in a diffusers checkpoint
-LENGTH = 24  # tokens that each encoder reads
+FOLDERS = tuple(folder for folder, _ in TOKENIZERS.values())
 WORDS = captions.vocabulary()
 
 
@@ -73,7 +73,7 @@ def save_t5(folder: Path, length: int) -> None:
     ).save_pretrained(folder)
 
 
-def save_tokenizers(folder: Path, length: int = LENGTH) -> None:
+def save_tokenizers(folder: Path, length: int = captions.LENGTH) -> None:
     """Write CLIP-L's, CLIP-G's and T5's tokenizers into their folders."""
     clip_l, clip_g, t5 = (folder / name for name in FOLDERS)
     save_clip(clip_l, END, length)

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from sd3min.checkpoint import PREFIXES
+from sd3min.parts import DERIVED
 from sd3min.writer import TYPES, Lazy, new, write_tensors
-
-TWINS = ("clip_l", "text_projection.weight"), ("t5", "encoder.embed_tokens.weight")
 
 
 def save_parts(
@@ -26,7 +25,7 @@ def save_parts(
         f"{PREFIXES[part]}{name}": tensor.detach()
         for part, module in modules.items()
         for name, tensor in module.state_dict().items()
-        if (part, name) not in TWINS
+        if part == "mmdit" or name != DERIVED.get(part)
     }
     kinds = {dtype: kind for kind, dtype in TYPES.items()}
     lazy = {
