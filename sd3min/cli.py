@@ -7,6 +7,7 @@ A call that cannot be carried out ends before any work, with exit code 2 and one
 """
 
 import argparse
+import contextlib
 import io
 import os
 import sys
@@ -14,7 +15,7 @@ import tempfile
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sd3min import checkpoint, hub, loading, lora, options, pipeline, probes
@@ -122,22 +123,31 @@ def types(part: Part) -> str:
     return ", ".join(f"{count} tensors in {kind}" for kind, count in kinds.items())
 
 
-def run_inspect(arguments: argparse.Namespace) -> None:
-    """Print a line for each part, where it is, and what is missing for a picture; or of LoRAs.
+@contextlib.contextmanager
+def outlined(
+    paths: Sequence[Path], parts: list[str]
+) -> Iterator[tuple[checkpoint.Checkpoint, str]]:
+    """Opened headers of what holds the parts; of names on the hub nothing else is downloaded.
 
-    Of names on the hub headers alone are downloaded, to a folder that no sentence shows.
+    Also the beginning of paths that no sentence shall show, of the folder with those headers.
     """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:
+            found = [hub.outline(path, parts, Path(folder)) for path in paths]
+            every = [path for paths in found for path in paths]
+            yield checkpoint.Checkpoint.open(every, wanted=parts), folder + os.sep
+        except Refusal as refusal:
+            raise Refusal(str(refusal).replace(folder + os.sep, "")) from None
+
+
+def run_inspect(arguments: argparse.Namespace) -> None:
+    """Print a line for each part, where it is, and what is missing for a picture; or of LoRAs."""
     if arguments.path and all(map(lora.is_lora, arguments.path)):
         print("\n".join(map(lora.summary, arguments.path)))
         return
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        try:
-            found = [hub.outline(path, list(TITLES), Path(folder)) for path in arguments.path]
-            opened = checkpoint.Checkpoint.open([path for paths in found for path in paths])
-            opened.require(list(opened.parts))
-            print(described_parts(opened).replace(folder + os.sep, ""))
-        except Refusal as refusal:
-            raise Refusal(str(refusal).replace(folder + os.sep, "")) from None
+    with outlined(arguments.path, list(TITLES)) as (opened, folder):
+        opened.require(list(opened.parts))
+        print(described_parts(opened).replace(folder, ""))
 
 
 def described_parts(opened: checkpoint.Checkpoint) -> str:
@@ -158,23 +168,23 @@ def run_plan(arguments: argparse.Namespace) -> None:
     """Print the plan that was asked for, or every plan; only headers are read."""
     t5 = arguments.t5 or not arguments.no_t5
     names = checkpoint.part_names(bool(t5))
-    opened = checkpoint.Checkpoint.open(arguments.path or None, wanted=names)
-    plans = (arguments.memory,) if arguments.memory else MEMORY
-    for memory in plans:
-        if arguments.memory is None and memory == "stream":  # which has no parts of 8 bits
-            loading.check(opened, bool(t5), memory)
-        else:
-            loading.check(opened, t5, memory, arguments.mmdit)
-    placed = opened.placement(arguments.device, arguments.dtype)
-    width, height = arguments.size or (None, None)
-    config, count = opened.parts["mmdit"].config, arguments.num_images
-    call = {"width": width, "height": height, "num_images": count}
-    *_, settings = check_call(config, opened.defaults, "", **call)
-    tables = [
-        f"{memory}\n{plan(opened, settings, *placed, t5, memory, count, arguments.mmdit)}"
-        for memory in plans
-    ]
-    print("\n\n".join(tables))
+    with outlined(arguments.path, names) as (opened, _):
+        plans = (arguments.memory,) if arguments.memory else MEMORY
+        for memory in plans:
+            if arguments.memory is None and memory == "stream":  # which has no parts of 8 bits
+                loading.check(opened, bool(t5), memory)
+            else:
+                loading.check(opened, t5, memory, arguments.mmdit)
+        placed = opened.placement(arguments.device, arguments.dtype)
+        width, height = arguments.size or (None, None)
+        config, count = opened.parts["mmdit"].config, arguments.num_images
+        call = {"width": width, "height": height, "num_images": count}
+        *_, settings = check_call(config, opened.defaults, "", **call)
+        tables = [
+            f"{memory}\n{plan(opened, settings, *placed, t5, memory, count, arguments.mmdit)}"
+            for memory in plans
+        ]
+        print("\n\n".join(tables))
 
 
 def run_convert(arguments: argparse.Namespace) -> None:

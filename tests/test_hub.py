@@ -349,6 +349,15 @@ def test_inspect_downloads_headers_alone(server, repositories, tmp_path, capsys)
     assert not server.asked
 
 
+def test_plan_downloads_headers_alone(server, tmp_path, capsys):
+    assert cli.main(["plan", FOLDER]) == 0
+    planned = capsys.readouterr().out
+    assert not list((tmp_path / "cache").rglob("*.safetensors")) and max(server.sent) <= 100_001
+    sd3min.load(FOLDER)
+    assert cli.main(["plan", FOLDER]) == 0
+    assert capsys.readouterr().out == planned != ""
+
+
 def test_inspect_of_official_files_names_them(server, capsys):
     first, lines = inspected(SINGLE, capsys)
     assert first == f"{SINGLE}/sd.safetensors" and lines[-1] == "  missing: nothing"

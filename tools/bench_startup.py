@@ -2,8 +2,8 @@
 
 Every run is a process of its own, from its start to its end, and all take turns; medians count. The
 picture is the same one: sd3-tiny's, which diffusers reads from the folder that `sd3min convert`
-writes of it. diffusers is told what sd3-tiny's metadata tell sd3min: 28 steps, guidance 2, shift 2,
-128x128 pixels, 24 rows of T5, float32. The stages are those of Python, by the clock, and what is
+writes of it. diffusers is told what sd3-tiny's metadata tell sd3min: steps, guidance, shift, size,
+rows of T5; in float32. The stages are those of Python, by the clock, and what is
 missing to the whole is the interpreter's start and end. Writes tools/startup.json.
 """
 
@@ -47,8 +47,7 @@ import torch; mark()
 from diffusers import StableDiffusion3Pipeline; mark()
 pipe = StableDiffusion3Pipeline.from_pretrained({folder!r}, torch_dtype=torch.float32)
 pipe.set_progress_bar_config(disable=True); mark()
-images = pipe({prompt!r}, num_inference_steps=28, guidance_scale=2.0, height=128, width=128,
-              max_sequence_length=24, generator=torch.Generator().manual_seed(1)).images; mark()
+images = pipe({prompt!r}, **{defaults}, generator=torch.Generator().manual_seed(1)).images; mark()
 images[0].save({out!r}); mark()
 """
 STAGES = ("import torch", "import the package", "load", "make the picture", "save")
@@ -57,9 +56,18 @@ STAGES = ("import torch", "import the package", "load", "make the picture", "sav
 def commands(folder: Path) -> dict[str, list[str]]:
     """What each side runs, in a folder that holds the converted weights."""
     python = [sys.executable, "-W", "ignore"]
+    own = checkpoint.Checkpoint.open().defaults
+    defaults = {
+        "num_inference_steps": own.steps,
+        "guidance_scale": own.guidance_scale,
+        "width": own.width,
+        "height": own.height,
+        "max_sequence_length": own.t5_length,
+    }
 
     def staged(script: str, out: str) -> list[str]:
         given = {"prompt": PROMPT, "folder": str(folder / "diffusers"), "out": str(folder / out)}
+        given["defaults"] = defaults
         return [*python, "-c", STAGED.format(script.format(**given))]
 
     generate = [*python, "-m", "sd3min", "generate", PROMPT, "--seed", "1"]

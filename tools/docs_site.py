@@ -90,7 +90,7 @@ def address(target: str, folder: str) -> str:
         return target
     file = posixpath.normpath(posixpath.join(folder, target))
     page = INCLUDED.get(file) or (source_page(file) if file.endswith(".py") else file)
-    return page.removeprefix("docs/pages/")
+    return re.sub(r"\.ipynb$", ".md", page.removeprefix("docs/pages/"))
 
 
 def included(file: str) -> str:

@@ -29,11 +29,12 @@ ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "weights" / "figures"
 ACCURACY = ROOT / "weights" / "sd3-tiny" / "accuracy.json"
 ROWS = {
-    "seen": "colour-shape pairs and relations seen in training",
-    "pairs": "a colour-shape pair held out of training",
-    "triples": "a relation of two things held out of training",
+    "seen": "what training showed",
+    "pairs": "a pair of colour and shape that it never showed",
+    "triples": "an arrangement of two things that it never showed",
 }
 ASPECTS = {"right": "all right", "noun": "things", "colour": "colours", "relation": "relations"}
+GROUND = "ground, where named"  # which the others leave aside
 STYLES = ("o-", "^:", "s:", "d:")  # of the curves, one an aspect
 ENCODERS = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
 COLUMNS = 6
@@ -47,8 +48,12 @@ def percent(value: float) -> str:
 
 def together(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Shares over the prompts of several figures."""
-    prompts = sum(row["prompts"] for row in rows)
-    return {a: sum(row[a] * row["prompts"] for row in rows) / prompts for a in ASPECTS}
+
+    def mean(aspect: str, of: str) -> float:
+        return sum(row[aspect] * row[of] for row in rows) / sum(row[of] for row in rows)
+
+    shares = {aspect: mean(aspect, "prompts") for aspect in ASPECTS}
+    return shares | {"ground": mean("ground", "grounds")}
 
 
 def accuracy_table(figures: Mapping[str, Any]) -> str:
@@ -67,9 +72,10 @@ def accuracy_table(figures: Mapping[str, Any]) -> str:
         f"{kept['prompts']:,} drawn scenes through the autoencoder alone, "
         f"{kept['psnr']:.1f} dB": kept,
     }
-    lines = [f"| | {' | '.join(ASPECTS.values())} |", "|---" * (1 + len(ASPECTS)) + "|"]
+    lines = [f"| | {' | '.join([*ASPECTS.values(), GROUND])} |", "|---" * (2 + len(ASPECTS)) + "|"]
     for title, row in rows.items():
-        lines.append(f"| {title} | {' | '.join(percent(row[aspect]) for aspect in ASPECTS)} |")
+        cells = [percent(row[aspect]) for aspect in (*ASPECTS, "ground")]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join([*lines, *things_lines(measured)])
 
 
@@ -81,7 +87,7 @@ def things_lines(measured: Mapping[str, Any]) -> list[str]:
         rows = [row[things] for row in rows if things in row]
         prompts = sum(row["count"] for row in rows)
         right = sum(row["count"] * row["right"] for row in rows) / prompts
-        lines.append(f"| {prompts:,} of all prompts, with {title} | {percent(right)} | | | |")
+        lines.append(f"| {prompts:,} of all prompts, with {title} | {percent(right)} | | | | |")
     return lines
 
 
@@ -134,7 +140,9 @@ def explain_table() -> str:
 def draw_grid() -> None:
     """The first prompts of each kind, nothing picked."""
     pipe = sd3min.load()
-    figure, axes = plt.subplots(len(ROWS), COLUMNS, figsize=(11, 6), dpi=110)
+    figure, axes = plt.subplots(
+        len(ROWS), COLUMNS, figsize=(10.5, 7), dpi=120, layout="constrained"
+    )
     for row, (kind, title) in zip(axes, ROWS.items(), strict=True):
         chosen = enumerate(scenes.prompts(kind, COLUMNS))
         wanted = [captions.worded(scene, random.Random(index)) for index, scene in chosen]
@@ -143,9 +151,8 @@ def draw_grid() -> None:
             place.imshow(picture, interpolation="nearest")
             place.set_xticks([])
             place.set_yticks([])
-            place.set_xlabel("\n".join(textwrap.wrap(prompt, 24)), fontsize=8.5)
-        row[0].set_title(title, loc="left", fontsize=10, fontweight="bold")
-    figure.tight_layout(h_pad=0.6)
+            place.set_xlabel("\n".join(textwrap.wrap(prompt, 26)), fontsize=7.5)
+        row[0].set_title(title, loc="left", fontsize=9.5, fontweight="bold")
     figure.savefig(FIGURES / "grid.png")
 
 

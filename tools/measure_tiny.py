@@ -28,7 +28,7 @@ from sd3min.training.detector import Verdict, judge
 
 ACCURACY = Path(__file__).parents[1] / "weights" / "sd3-tiny" / "accuracy.json"
 BATCH = 25
-ASPECTS = ("count", "noun", "colour", "relation", "background", "right")
+ASPECTS = ("count", "noun", "colour", "relation", "right")
 GUIDANCE = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0)
 STEPS = (2, 4, 8, 12, 20, 28)
 FEW_STEPS = 8
@@ -50,14 +50,25 @@ def share(verdicts: Sequence[Verdict]) -> dict[str, float]:
     }
 
 
-def summary(wanted: Sequence[scenes.Scene], verdicts: Sequence[Verdict]) -> Figure:
-    """Shares of all pictures, and of those of one, two and three things."""
+def names_ground(prompt: str, scene: scenes.Scene) -> bool:
+    """Whether a prompt says on what background its things are: one in ten leaves that open."""
+    return any(captions.MEANT.get(word, word) == scene.background for word in prompt.split())
+
+
+def summary(
+    wanted: Sequence[scenes.Scene], prompts: Sequence[str], verdicts: Sequence[Verdict]
+) -> Figure:
+    """Shares of all pictures, and of those of one, two and three things; the ground counts where
+    the prompt names it.
+    """
+    asked = [v for s, p, v in zip(wanted, prompts, verdicts, strict=True) if names_ground(p, s)]
+    grounds = {"grounds": len(asked), "ground": sum(v.background for v in asked) / len(asked)}
     by_things: dict[str, Figure] = {}
     for things in sorted({len(scene.things) for scene in wanted}):
         pairs = zip(wanted, verdicts, strict=True)
         some = [verdict for scene, verdict in pairs if len(scene.things) == things]
         by_things[str(things)] = {"count": len(some), "right": share(some)["right"]}
-    return share(verdicts) | {"prompts": len(wanted), "things": by_things}
+    return share(verdicts) | grounds | {"prompts": len(wanted), "things": by_things}
 
 
 def worded(wanted: Sequence[scenes.Scene]) -> list[str]:
@@ -72,7 +83,7 @@ def rendered(pipe: Pipeline, wanted: Sequence[scenes.Scene], **settings: Any) ->
         some = slice(first, first + BATCH)
         pictures = pipe(prompts[some], seed=first, progress=False, **settings)
         verdicts += [judge(p, scene) for p, scene in zip(pictures, wanted[some], strict=True)]
-    return summary(wanted, verdicts)
+    return summary(wanted, prompts, verdicts)
 
 
 @torch.no_grad()
@@ -86,7 +97,8 @@ def reconstruction(pipe: Pipeline, wanted: Sequence[scenes.Scene]) -> Figure:
         errors.append((decoded - drawn).square().mean(dim=(1, 2, 3)))
         verdicts += [judge(p, scene) for p, scene in zip(to_pictures(decoded), some, strict=True)]
     psnr = (10 * torch.log10(4 / torch.cat(errors))).mean().item()
-    return {"psnr": psnr} | summary(wanted, verdicts)
+    said = [captions.caption(scene) for scene in wanted]
+    return {"psnr": psnr} | summary(wanted, said, verdicts)
 
 
 def shuffle(pipe: Pipeline, name: str) -> None:
