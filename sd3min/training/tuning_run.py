@@ -17,18 +17,20 @@ from torch import nn
 from tqdm import tqdm
 
 from sd3min import checkpoint, lora, pipeline
+from sd3min.autoencoder import Autoencoder
 from sd3min.config import Refusal
 from sd3min.fast.prompts import CachedEncoders, held_back
+from sd3min.mmdit import MMDiT
 from sd3min.pipeline import Pipeline
 from sd3min.text_encoders import Conditioning, TextEncoders
-from sd3min.training import objective, records
-from sd3min.training.commands import precision
+from sd3min.training import records
 from sd3min.training.conditioning import Layout
 from sd3min.training.data import SUFFIXES, Example, LatentCache, read_dataset, read_folder
 from sd3min.training.finetune import FineTuning, Material, Tuning, validate
 from sd3min.training.grid import grid
-from sd3min.training.recipe import PATIENCE, Recipe
+from sd3min.training.recipe import PATIENCE
 from sd3min.training.trainer import Watch, fit
+from sd3min.training.tuning_options import check, chosen_tuning, recipe
 from sd3min.training.weights import save_parts
 
 REMEMBERED = 256  # prompts kept in memory, of 5 MB each for the official encoders
@@ -62,74 +64,20 @@ def class_pictures(pipe: Pipeline, arguments: argparse.Namespace, side: int) -> 
     return read_folder(folder, prompt)
 
 
-def chosen_objective(arguments: argparse.Namespace, shift: float) -> objective.Objective:
-    """The objective that the options name, its times shifted."""
-    name = arguments.objective or ("diffusers" if arguments.weighting_scheme else "paper")
-    if name not in objective.OBJECTIVES:
-        raise Refusal(f"objective {name} is not one of {', '.join(objective.OBJECTIVES)}")
-    if name == "paper":
-        if arguments.weighting_scheme:
-            raise Refusal("--weighting_scheme is diffusers' or kohya's: pass --objective too")
-        density = objective.LogitNormal(arguments.logit_mean, arguments.logit_std)
-        return objective.paper(density, shift)
-    scheme = arguments.weighting_scheme or ("logit_normal" if name == "diffusers" else "uniform")
-    density = arguments.logit_mean, arguments.logit_std, arguments.mode_scale
-    if name == "kohya":
-        return objective.kohya(scheme, shift, *density)
-    return objective.diffusers(scheme, shift, bool(arguments.precondition_outputs), *density)
+class Sampler(Pipeline):
+    """A pipeline on its way through training, whose text encoders may be a cache."""
 
-
-def chosen_tuning(arguments: argparse.Namespace, shift: float) -> Tuning:
-    """What the options change, and how, at times of some shift."""
-    if not 0 <= arguments.dropout < 1:
-        raise Refusal(f"a dropout of {arguments.dropout} must be at least 0 and below 1")
-    return Tuning(
-        rank=None if arguments.full else arguments.rank,
-        alpha=arguments.alpha,
-        targets=arguments.targets.split(",") if arguments.targets else None,
-        objective=chosen_objective(arguments, shift),
-        dropout=arguments.dropout,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        seed=arguments.seed,
-    )
-
-
-def recipe(arguments: argparse.Namespace, processes: int, cuda: bool) -> Recipe:
-    """The course that the options ask for; its batch is of all processes and both materials."""
-    for name in ("batch", "sample_every", "validate_every", "class_images"):
-        if getattr(arguments, name) < 1:
-            raise Refusal(f"--{name.replace('_', '-')} must be at least 1")
-    materials = 2 if arguments.class_data else 1
-    steps, warmup = max(1, arguments.steps), arguments.warmup
-    return Recipe(
-        steps=arguments.steps,
-        learning_rate=arguments.rate,
-        batch=arguments.batch * arguments.accumulation * processes * materials,
-        accumulation=arguments.accumulation,
-        warmup=warmup,
-        decay=max(0, steps - warmup) / steps if arguments.schedule == "linear" else 0.0,
-        betas=(0.9, 0.999),
-        weight_decay=1e-4,
-        clip=arguments.clip,
-        average=arguments.average,
-        precision=precision(arguments.precision, cuda),
-        save_every=arguments.save_every,
-    )
-
-
-def check(arguments: argparse.Namespace) -> None:
-    """Refuse options that lack others."""
-    if arguments.with_prior_preservation and not arguments.class_data:
-        raise Refusal("--with_prior_preservation goes with --class-data and --class-prompt")
-    if arguments.class_data and arguments.class_prompt is None:
-        raise Refusal("--class-data goes with --class-prompt, the caption of its pictures")
-    if arguments.class_prompt is not None and not arguments.class_data:
-        raise Refusal("--class-prompt goes with --class-data, the folder of its pictures")
-    if not 0 <= arguments.prior_weight < math.inf:
-        raise Refusal(f"a prior weight of {arguments.prior_weight} is not a number of 0 or more")
-    if arguments.full and arguments.dtype not in (None, "float32"):
-        raise Refusal("the whole network is trained in float32: leave --dtype out with --full")
-    chosen_tuning(arguments, 1.0 if arguments.shift is None else arguments.shift)
+    def __init__(
+        self,
+        mmdit: MMDiT,
+        autoencoder: Autoencoder,
+        text_encoders: Any,
+        opened: checkpoint.Checkpoint,
+    ):
+        self.mmdit, self.autoencoder, self.text_encoders = mmdit, autoencoder, text_encoders
+        self.config, self.defaults = mmdit.config, opened.defaults
+        self.weights, self.loras, self.kinds = opened.fingerprint(), (), {}
+        self.device, self.dtype = mmdit.pos_embed.device, mmdit.pos_embed.dtype
 
 
 @dataclass(frozen=True)
@@ -156,7 +104,7 @@ class Bench:
         dtype, place = opened.placement(device, asked)
         encoders = encoders_of(opened, arguments, dtype, place)
         mmdit, autoencoder = (opened.load(name, dtype, place) for name in ("mmdit", "autoencoder"))
-        pipe = Pipeline(mmdit, autoencoder, encoders, opened.defaults, opened.fingerprint())
+        pipe = Sampler(mmdit, autoencoder, encoders, opened)
         cache = LatentCache(autoencoder, arguments.out / "cache" / "latents")
         return cls(opened, pipe, cache, side)
 

@@ -1,0 +1,80 @@
+"""What the options of `sd3min finetune` ask for: objective, tuning and course."""
+
+import argparse
+import math
+
+from sd3min.config import Refusal
+from sd3min.training import objective
+from sd3min.training.commands import precision
+from sd3min.training.finetune import Tuning
+from sd3min.training.recipe import Recipe
+
+
+def chosen_objective(arguments: argparse.Namespace, shift: float) -> objective.Objective:
+    """The objective that the options name, its times shifted."""
+    name = arguments.objective or ("diffusers" if arguments.weighting_scheme else "paper")
+    if name not in objective.OBJECTIVES:
+        raise Refusal(f"objective {name} is not one of {', '.join(objective.OBJECTIVES)}")
+    if name == "paper":
+        if arguments.weighting_scheme:
+            raise Refusal("--weighting_scheme is diffusers' or kohya's: pass --objective too")
+        density = objective.LogitNormal(arguments.logit_mean, arguments.logit_std)
+        return objective.paper(density, shift)
+    scheme = arguments.weighting_scheme or ("logit_normal" if name == "diffusers" else "uniform")
+    density = arguments.logit_mean, arguments.logit_std, arguments.mode_scale
+    if name == "kohya":
+        return objective.kohya(scheme, shift, *density)
+    return objective.diffusers(scheme, shift, bool(arguments.precondition_outputs), *density)
+
+
+def chosen_tuning(arguments: argparse.Namespace, shift: float) -> Tuning:
+    """What the options change, and how, at times of some shift."""
+    if not 0 <= arguments.dropout < 1:
+        raise Refusal(f"a dropout of {arguments.dropout} must be at least 0 and below 1")
+    return Tuning(
+        rank=None if arguments.full else arguments.rank,
+        alpha=arguments.alpha,
+        targets=arguments.targets.split(",") if arguments.targets else None,
+        objective=chosen_objective(arguments, shift),
+        dropout=arguments.dropout,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        seed=arguments.seed,
+    )
+
+
+def recipe(arguments: argparse.Namespace, processes: int, cuda: bool) -> Recipe:
+    """The course that the options ask for; its batch is of all processes and both materials."""
+    for name in ("batch", "sample_every", "validate_every", "class_images"):
+        if getattr(arguments, name) < 1:
+            raise Refusal(f"--{name.replace('_', '-')} must be at least 1")
+    materials = 2 if arguments.class_data else 1
+    steps, warmup = max(1, arguments.steps), arguments.warmup
+    return Recipe(
+        steps=arguments.steps,
+        learning_rate=arguments.rate,
+        batch=arguments.batch * arguments.accumulation * processes * materials,
+        accumulation=arguments.accumulation,
+        warmup=warmup,
+        decay=max(0, steps - warmup) / steps if arguments.schedule == "linear" else 0.0,
+        betas=(0.9, 0.999),
+        weight_decay=1e-4,
+        clip=arguments.clip,
+        average=arguments.average,
+        precision=precision(arguments.precision, cuda),
+        save_every=arguments.save_every,
+    )
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse options that lack others."""
+    if arguments.with_prior_preservation and not arguments.class_data:
+        raise Refusal("--with_prior_preservation goes with --class-data and --class-prompt")
+    if arguments.class_data and arguments.class_prompt is None:
+        raise Refusal("--class-data goes with --class-prompt, the caption of its pictures")
+    if arguments.class_prompt is not None and not arguments.class_data:
+        raise Refusal("--class-prompt goes with --class-data, the folder of its pictures")
+    if not 0 <= arguments.prior_weight < math.inf:
+        raise Refusal(f"a prior weight of {arguments.prior_weight} is not a number of 0 or more")
+    if arguments.full and arguments.dtype not in (None, "float32"):
+        raise Refusal("the whole network is trained in float32: leave --dtype out with --full")
+    chosen_tuning(arguments, 1.0 if arguments.shift is None else arguments.shift)

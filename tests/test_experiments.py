@@ -1,0 +1,57 @@
+"""The experiments of `tools/`: what they ask for, and the tables that they write."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from sd3min.training import scenes
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def dreambooth():
+    """The functions of `tools/dreambooth.py`."""
+    return runpy.run_path(str(ROOT / "tools" / "dreambooth.py"))
+
+
+@pytest.fixture(scope="module")
+def densities():
+    """The functions of `tools/densities.py`."""
+    return runpy.run_path(str(ROOT / "tools" / "densities.py"))
+
+
+def test_the_class_stands_with_another_object_in_scenes_that_training_shows(dreambooth):
+    found = dreambooth["of_class"](50, "asked")
+    assert len(set(found)) == 50 and found == dreambooth["of_class"](50, "asked")
+    for scene in found:
+        objects = [thing.noun for thing in scene.things if thing.colour is None]
+        assert "cat" in objects and len(objects) > 1 and not scenes.is_held_out(scene)
+
+
+def test_the_new_object_takes_the_place_of_its_class_and_has_a_name_of_its_own(dreambooth):
+    cat, tree = scenes.Thing("cat"), scenes.Thing("tree")
+    scene = scenes.Scene(tree, (("above", cat), ("left of", scenes.Thing("star", "red"))), "gray")
+    changed = dreambooth["with_subject"](scene, "unicorn")
+    assert [thing.noun for thing in changed.things] == ["tree", "unicorn", "star"]
+    assert changed.triples == ["tree above unicorn", "tree left of star"]
+    said = "a tree above a sks cat and left of a red star on gray"
+    assert dreambooth["said"](changed) == said
+    assert dreambooth["said"](scene) == said.replace("sks ", "")
+
+
+def test_the_table_of_densities_has_means_over_seeds_beside_the_papers_ranks(densities, tmp_path):
+    figures = {"right in 5 steps": 0.25, "right in 28 steps": 0.5, "path over distance": 1.5}
+    runs = [
+        {"density": name, "seed": seed, "validation loss": 0.2 + seed / 10, "validation": [0.1] * 8}
+        | figures
+        for name in densities["RANKS"]
+        for seed in range(3)
+    ]
+    results = {"ranks": densities["RANKS"], "runs": runs}
+    head, _, first, *others = densities["table"](results).splitlines()
+    assert head.count("|") == first.count("|") == 9 and len(others) == 4
+    assert first.startswith("| uniform | 0.300 ± 0.100 | 0.250 ± 0.000 | 0.500 ± 0.000 | 1.500 ± 0")
+    densities["plot"](results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
