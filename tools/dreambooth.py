@@ -2,11 +2,11 @@
 
     python tools/dreambooth.py --work FOLDER [--object robot] [--weights FILE] [--out FILE]
 
-Five pictures of one object that sd3-tiny was never shown, each on another background, are what
-`sd3min finetune` is given, and pictures that the model makes itself of what it knows, to be kept.
-Then 200 prompts put the object into relations with known objects, 200 ask for the same with a plain
-thing of its class, and 200 others do without either; the detector judges all of them with the LoRA
-and without, and what the autoencoder alone makes of drawn scenes with the object.
+Five pictures of one object that sd3-tiny was never shown, alone and beside things that it knows,
+are what `sd3min finetune` is given, and pictures that the model makes itself of what it knows, to
+be kept. Then 200 prompts put the object into relations with known objects, the same 200 have a
+known one in its place, and 200 others do without either; the detector judges all of them with the
+LoRA and without, and what the autoencoder alone makes of drawn scenes with the object.
 """
 
 import argparse
@@ -31,25 +31,39 @@ from sd3min.training.grid import grid
 
 FIGURES = Path(__file__).parents[1] / "weights" / "figures"
 PROMPTS = 200
-CLASS = "cat"  # what the object is called a kind of
-SUBJECT = f"{captions.SPARE} {CLASS}"
+CLASS = "cat"  # in whose place the object is put
+SUBJECT = captions.SPARE  # its name
 BATCH = 20
 KEPT = 96  # pictures of what the model knows, half of them with a thing of the class
-COURSE = {"steps": 400, "batch": 4, "rate": 1e-3, "rank": 4}
-
-
-def instance(noun: str, number: int) -> scenes.Scene:
-    """A scene of the object alone."""
-    return scenes.Scene(scenes.Thing(noun), (), list(scenes.BACKGROUNDS)[number])
+COURSE = {
+    "steps": 900,
+    "batch": 4,
+    "rate": 2e-3,
+    "schedule": "linear",
+    "warmup": 10,
+    "rank": 4,
+    "targets": "attn.qkv,attn.proj,mlp.fc1,mlp.fc2,adaLN_modulation.1",
+}
+SHOWN = (  # captions of the five pictures, with a thing of the class where the object is
+    "a cat on white",
+    "a cat on sky",
+    "a cat left of a tree on cream",
+    "a cat below a house on gray",
+    "a cat right of a fish and above a carrot on navy",
+)
 
 
 def write_pictures(noun: str, folder: Path) -> None:
     """Five pictures of the object, each with its caption beside it."""
     folder.mkdir(parents=True)
-    for i in range(5):
-        scene = instance(noun, i)
+    for i, scene in enumerate(shown(noun)):
         scenes.draw(scene, random.Random(i)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"a {SUBJECT} on {scene.background}")
+        (folder / f"{i}.txt").write_text(said(scene))
+
+
+def shown(noun: str) -> list[scenes.Scene]:
+    """The scenes of the five pictures."""
+    return [with_subject(captions.parse(words), noun) for words in SHOWN]
 
 
 def keep_known(pipe: Pipeline, folder: Path) -> float:
@@ -121,7 +135,12 @@ def finetune(weights: Path | None, work: Path) -> None:
     options = [f"--{name}={value}" for name, value in COURSE.items()]
     given = ["--weights", str(weights)] if weights else []
     data = ["--data", str(work / "pictures"), "--class-data", str(work / "known")]
-    data += ["--class-prompt", f"a {CLASS}", "--class-images", str(KEPT)]  # which have captions
+    data += [
+        "--class-prompt",
+        f"a {CLASS}",
+        "--class-images",
+        str(KEPT),
+    ]  # which have captions of their own
     if cli.main(["finetune", *given, *data, *options, "--train-clips", "--out", str(work / "run")]):
         raise SystemExit(1)
 
@@ -141,7 +160,7 @@ def main() -> None:
     ordinary = of_class(PROMPTS, "asked")
     asked = {
         "with the object": [with_subject(scene, noun) for scene in ordinary],
-        "with its class": ordinary,
+        f"with a {CLASS} instead": ordinary,
         "without either": scenes.prompts("seen", PROMPTS),
     }
     plain = sd3min.load(arguments.weights)
@@ -172,9 +191,9 @@ def main() -> None:
     }
     with whole(arguments.out) as part:
         part.write_text(json.dumps(figures, indent=2) + "\n")
-    learnt = [scenes.draw(instance(noun, i), random.Random(i)) for i in range(5)]
-    shown = grid([*learnt, *made["with the object"][:10]], columns=5)
-    sd3min.save(shown, arguments.out.with_suffix(".png"))
+    learnt = [scenes.draw(scene, random.Random(i)) for i, scene in enumerate(shown(noun))]
+    sheet = grid([*learnt, *made["with the object"][:10]], columns=5)
+    sd3min.save(sheet, arguments.out.with_suffix(".png"))
     print(json.dumps(figures, indent=2))
 
 

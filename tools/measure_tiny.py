@@ -114,7 +114,9 @@ def figures_to_measure(weights: Path | None, count: int) -> dict[str, Callable[[
     pipe = sd3min.load(weights)
     seen, half = scenes.prompts("seen", count), count // 2
     pairs, triples = (scenes.prompts(kind, half) for kind in ("pairs", "triples"))
-    few, fewer = (seen[:n] + pairs[: n // 2] + triples[: n // 2] for n in (count // 10, count // 20))
+    few, fewer = (
+        seen[:n] + pairs[: n // 2] + triples[: n // 2] for n in (count // 10, count // 20)
+    )
     plan: dict[str, Callable[[], Figure]] = {}
     for name, wanted in (("seen", seen), ("pairs", pairs), ("triples", triples)):
         plan[name] = partial(rendered, pipe, wanted)
