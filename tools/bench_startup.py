@@ -66,8 +66,8 @@ def commands(folder: Path) -> dict[str, list[str]]:
     }
 
     def staged(script: str, out: str) -> list[str]:
-        given = {"prompt": PROMPT, "folder": str(folder / "diffusers"), "out": str(folder / out)}
-        given["defaults"] = defaults
+        paths = {"folder": str(folder / "diffusers"), "out": str(folder / out)}
+        given = {"prompt": PROMPT, "defaults": defaults} | paths
         return [*python, "-c", STAGED.format(script.format(**given))]
 
     generate = [*python, "-m", "sd3min", "generate", PROMPT, "--seed", "1"]

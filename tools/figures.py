@@ -21,6 +21,7 @@ import bench
 import matplotlib.pyplot as plt
 import parity
 import reading_cost
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 import sd3min
 from sd3min.training import captions, scenes
@@ -141,7 +142,7 @@ def draw_grid() -> None:
     """The first prompts of each kind, nothing picked."""
     pipe = sd3min.load()
     figure, axes = plt.subplots(
-        len(ROWS), COLUMNS, figsize=(10.5, 7), dpi=120, layout="constrained"
+        len(ROWS), COLUMNS, figsize=(10.5, 7), dpi=120, layout=ConstrainedLayoutEngine(h_pad=0.12)
     )
     for row, (kind, title) in zip(axes, ROWS.items(), strict=True):
         chosen = enumerate(scenes.prompts(kind, COLUMNS))
@@ -152,8 +153,9 @@ def draw_grid() -> None:
             place.set_xticks([])
             place.set_yticks([])
             place.set_xlabel("\n".join(textwrap.wrap(prompt, 26)), fontsize=7.5)
-        row[0].set_title(title, loc="left", fontsize=9.5, fontweight="bold")
-    figure.savefig(FIGURES / "grid.png")
+        look = {"transform": row[0].transAxes, "fontsize": 9.5, "fontweight": "bold"}
+        row[0].text(0, 1.05, title, in_layout=False, **look)
+    figure.savefig(FIGURES / "grid.png", bbox_inches="tight", pad_inches=0.25)
 
 
 def draw_demo() -> None:
