@@ -46,6 +46,15 @@ def test_the_cost_of_streaming_is_what_was_measured():
     assert f"a step takes {ratio:.2f} times as long" in README
 
 
+def test_start_up_is_what_was_measured():
+    sides = json.loads((ROOT / "tools" / "startup.json").read_text())["sides"]
+    seconds = {name: side["seconds"] for name, side in sides.items()}
+    assert "adds less than 0.3 s to `import torch`" in README
+    assert seconds["import sd3min"] - seconds["import torch"] < 0.3
+    assert "takes about three quarters of diffusers'" in README
+    assert 0.7 < seconds["sd3min"] / seconds["diffusers"] < 0.8
+
+
 def test_reading_cost_is_what_is_counted_now(figures):
     assert block("cost") == figures["cost_table"]()
 
