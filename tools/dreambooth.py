@@ -91,11 +91,9 @@ def of_class(count: int, seed: str) -> list[scenes.Scene]:
 
 def with_subject(scene: scenes.Scene, noun: str) -> scenes.Scene:
     """The scene with the object in the place of the thing of the class."""
-    first, *others = (
+    return scene.with_things(
         scenes.Thing(noun) if thing.noun == CLASS else thing for thing in scene.things
     )
-    sides = [relation for relation, _ in scene.others]
-    return scenes.Scene(first, tuple(zip(sides, others, strict=True)), scene.background)
 
 
 def said(scene: scenes.Scene) -> str:

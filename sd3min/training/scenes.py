@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -138,6 +138,12 @@ class Scene:
     def things(self) -> tuple[Thing, ...]:
         """The things of the scene, in the order of its caption."""
         return (self.first, *(thing for _, thing in self.others))
+
+    def with_things(self, things: Iterable[Thing]) -> "Scene":
+        """The scene with other things in the places of its own."""
+        first, *others = things
+        sides = [relation for relation, _ in self.others]
+        return Scene(first, tuple(zip(sides, others, strict=True)), self.background)
 
     @property
     def triples(self) -> list[str]:

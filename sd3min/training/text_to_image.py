@@ -99,12 +99,10 @@ def recoloured(scene: scenes.Scene, rng: random.Random) -> scenes.Scene:
     """The scene with its shapes' colours by chance, though never a held-out pair."""
     while True:
         colours = rng.sample(list(scenes.COLOURS), len(scene.things))
-        first, *others = (
+        heard = scene.with_things(
             scenes.Thing(thing.noun, colour) if thing.colour else thing
             for thing, colour in zip(scene.things, colours, strict=True)
         )
-        sides = [relation for relation, _ in scene.others]
-        heard = scenes.Scene(first, tuple(zip(sides, others, strict=True)), scene.background)
         if scenes.count_held_out_pairs(heard) == 0:
             return heard
 
