@@ -21,7 +21,6 @@
 # They need the extra `train`: `pip install -e ".[train]"`.
 
 # %%
-import dataclasses
 import json
 import logging
 import random
@@ -167,12 +166,8 @@ latents = LatentCache(pipe.autoencoder, folder / "latents")
 
 
 def material(examples):
-    """Examples encoded. Their latents' means are learnt from: sd3-tiny's posteriors are wide."""
-    buckets = [
-        dataclasses.replace(bucket, logvar=torch.full_like(bucket.logvar, -30.0))
-        for bucket in latents.encode(examples, side)
-    ]
-    return Material(buckets, [example.caption for example in examples])
+    """Examples encoded."""
+    return Material(latents.encode(examples, side), [example.caption for example in examples])
 
 
 clips = pipe.text_encoders.clip_l.config, pipe.text_encoders.clip_g.config

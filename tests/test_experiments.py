@@ -36,9 +36,21 @@ def test_the_new_object_takes_the_place_of_its_class_and_has_a_name_of_its_own(d
     changed = dreambooth["with_subject"](scene, "unicorn")
     assert [thing.noun for thing in changed.things] == ["tree", "unicorn", "star"]
     assert changed.triples == ["tree above unicorn", "tree left of star"]
-    said = "a tree above a sks and left of a red star on gray"
+    said = "a tree above a sks cat and left of a red star on gray"
     assert dreambooth["said"](changed) == said
-    assert dreambooth["said"](scene) == said.replace("sks", "cat")
+    assert dreambooth["said"](scene) == said.replace("sks cat", "cat")
+
+
+def test_the_table_of_dreambooth_has_both_sides_of_every_kind_of_prompt(dreambooth):
+    learnt, plain = {"with the object": 0.825, "without either": 0.96}, {"with the object": 0.0}
+    figures = {
+        "prompts": 40,
+        "right": learnt,
+        "right without the LoRA": plain | {"without either": 1},
+    }
+    head, _, *lines = dreambooth["table"](figures).splitlines()
+    assert head == "| 40 prompts | with the LoRA | without |"
+    assert lines == ["| with the object | 82.5% | 0.0% |", "| without either | 96.0% | 100.0% |"]
 
 
 def test_the_table_of_densities_has_means_over_seeds_beside_the_papers_ranks(densities, tmp_path):

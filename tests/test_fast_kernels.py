@@ -146,6 +146,13 @@ class TestLoops:
         assert (whole != expected).float().mean() < 1e-2
         torch.testing.assert_close(scales, right, rtol=1e-6, atol=0)
 
+    @pytest.mark.parametrize("place", [0, 70, 191])
+    def test_a_row_with_no_number_stays_none(self, place):
+        x = random(2, 192)
+        x[1, place] = torch.nan
+        _, scales = kernels.quantise(x)
+        assert scales[0].isfinite() and scales[1].isnan()
+
     @pytest.mark.parametrize("count", [1, 15, 16, 1000003])
     def test_float16_becomes_bfloat16_as_pytorch_rounds(self, count):
         halves = torch.randn(count).half() * 1000
@@ -211,13 +218,21 @@ def test_a_rotation_is_its_own_inverse_and_spreads_a_large_value():
     assert kernels.rotate(single).abs().tolist() == [0.0] * 64 + [10.0] * 64
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, B])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, B, torch.float16])
 @pytest.mark.parametrize("planted", [1, 50])
 def test_linear_layers_of_8_bits(dtype, planted):
     """With activations of which one channel is 50 times the others, and with none."""
     linear = nn.Linear(192, 320).to(dtype).requires_grad_(False)
     x = random(3, 37, 192).to(dtype)
     x[..., 5] *= planted
+    exact = x.double() @ linear.weight.double().T + linear.bias.double()
+    assert error(Int8Linear(linear)(x), exact) < 0.012
+
+
+def test_sums_of_8_bits_stay_within_float16():
+    linear = nn.Linear(1536, 32).half().requires_grad_(False)
+    linear.weight.copy_(linear.weight[:, :1])  # all products of one sign
+    x = torch.ones(2, 1536).half()
     exact = x.double() @ linear.weight.double().T + linear.bias.double()
     assert error(Int8Linear(linear)(x), exact) < 0.012
 
@@ -238,3 +253,43 @@ def test_packed_linear_layers(dtype):
     linear = nn.Linear(192, 320).to(dtype).requires_grad_(False)
     x = random(3, 37, 192).to(dtype)
     torch.testing.assert_close(packed(linear)(x), linear(x))
+
+
+def test_where_onednn_has_no_bfloat16_layers_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    linear = nn.Linear(64, 32).to(B)
+    assert packed(linear) is linear
+
+
+def test_without_the_loops_equal_keys_count_exactly_as_often(monkeypatch):
+    """In bfloat16, in which the logarithm of 256 is 0.25 % too small."""
+    monkeypatch.setattr(native, "serves", lambda tensor: False)
+    qkv = random(2, 257, 192)
+    qkv[:, :, 64:128] = 0  # all keys weigh the same
+    qkv[:, -1, 128:] = 4
+    more = qkv[:, -1:].expand(-1, 255, -1)
+    exact = kernels.attention(torch.cat([qkv, more], dim=1).double())[:, :257]
+    assert error(kernels.attention(qkv, repeats=256), exact) < 2**-9
+
+
+def test_widths_that_the_loops_do_not_take_are_left_to_pytorch():
+    x, weight, bias = random(3, 48), random(16, 48), random(16)
+    torch.testing.assert_close(
+        kernels.linear(x, [weight], bias), nn.functional.linear(x, weight, bias)
+    )
+    with pytest.raises(RuntimeError, match="unflatten"):
+        kernels.quantise(random(3, 80))
+
+
+def test_without_a_home_there_is_one_warning_and_pytorch(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(native.Path, "home", homeless)
+    compiled.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="would do faster"):
+            assert not native.serves(random(3, 16))
+    finally:
+        compiled.cache_clear()

@@ -4,6 +4,7 @@ import pytest
 import small
 import torch
 
+from sd3min.fast import blocks
 from sd3min.fast.mmdit import STEPS_AHEAD, FastMMDiT
 from sd3min.mmdit import MMDiT
 from sd3min.text_encoders import Conditioning
@@ -39,6 +40,15 @@ def test_float64_equals_the_plain_network(variant, zeros):
         assert run.context.shape[1] == 11 - max(zeros - 1, 0)
         for i in (2, 0, 1, 1):
             assert relative(run(latents, i), plain(model, latents, text, i)) < EXACT
+
+
+def test_many_rows_go_through_the_mlp_in_pieces(monkeypatch):
+    """As those of 1024x1024 do."""
+    monkeypatch.setattr(blocks, "ROWS", 7)
+    model = small.mmdit(small.VARIANTS["SD3.5-medium"]).double()
+    latents, text = inputs(model, 6, 10)
+    run = FastMMDiT.of(model).prepare(text, TIMES)
+    assert relative(run(latents, 1), plain(model, latents, text)) < EXACT
 
 
 def test_rows_that_are_zeros_in_one_picture_only_are_not_merged():

@@ -225,6 +225,15 @@ def test_a_lora_is_all_that_trains(clips, tmp_path):
     assert changed == set(parts)
 
 
+def test_targets_of_the_network_alone_leave_the_encoders_diffusers_targets(tmp_path):
+    encoders = small.encoders(small.tokenizers(tmp_path))
+    parts = {"mmdit": small.mmdit(), "clip_l": encoders.clip_l}
+    made = task(Tuning(targets=["attn.to_k"]), material(["a"]), batch=1, parts=parts)
+    named = {f"{layer.part} {layer.name.rsplit('.', 1)[1]}" for layer in made.lora.layers}
+    own = {f"clip_l {name}_proj" for name in ("q", "k", "v", "out")}
+    assert named == {"mmdit qkv", *own}
+
+
 def test_full_tuning_changes_the_whole_network_but_the_identity_of_clip_l(tmp_path):
     encoders = small.encoders(small.tokenizers(tmp_path))
     parts = {"mmdit": small.mmdit(), "clip_l": encoders.clip_l}
@@ -255,11 +264,15 @@ def test_gradient_checkpointing_keeps_less():
     assert kept(True) < 0.5 * kept(False)
 
 
-def test_a_batch_is_named_by_its_captions():
-    made = task(Tuning(), material(["a cat", "a dog"]), batch=2)
-    assert {"'a cat'", "'a dog'"} == set(
-        made.describe(0).removeprefix("the pictures of ").split("; ")
-    )
+def test_a_batch_is_named_by_its_pictures_or_their_captions():
+    def told(examples):
+        return set(
+            task(Tuning(), examples, batch=2).describe(0).split("the pictures ")[1].split(", ")
+        )
+
+    examples = material(["a cat", "a dog"])
+    assert told(examples) == {"'a cat'", "'a dog'"}
+    assert told(examples._replace(names=["1.png", "2.png"])) == {"'1.png'", "'2.png'"}
 
 
 def test_validation_is_the_mean_error_at_eight_times_of_every_picture():

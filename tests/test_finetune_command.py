@@ -1,15 +1,19 @@
 """`sd3min finetune` and `sd3min train`, from the command to the file that is made."""
 
 import json
+import os
+import random
 import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import small
 import torch
+from killing import child, killed_after
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -153,6 +157,12 @@ def test_the_table_of_options_has_each_once():
         (["--objective", "mse"], "objective mse is not one of paper, diffusers, kohya"),
         (["--weighting_scheme", "x"], "weighting scheme x is not one of"),
         (["--rank", "0"], "rank 0"),
+        (
+            ["--density", "normal"],
+            "density normal is not one of logit-normal, mode, cosmap, uniform",
+        ),
+        (["--density", "mode", "--objective", "kohya"], "--density is of the paper's objective"),
+        (["--device", "mps"], "a run is on cpu or cuda, not on mps"),
         (["--targets", "nothing"], "target nothing is the end of no layer's name"),
         (["--logit_std", "0"], "make no distribution"),
         (["--class-data", "c"], "--class-data goes with --class-prompt"),
@@ -195,7 +205,7 @@ def test_another_run_in_the_same_folder_is_one_sentence(finetune):
 def test_a_loss_that_is_no_number_names_the_pictures(finetune, monkeypatch):
     code, _, told = finetune("--rate", "1e30", "--steps", "9", "--clip", "1e30")
     assert code == 2
-    assert re.search(r"is (nan|inf) at step \d, on the pictures of 'a red circle'", told[0])
+    assert re.search(r"is (nan|inf) at step \d, on the pictures '.+/dog/\d\.png': lower", told[0])
 
 
 def test_full_weights_are_read_after_their_base(finetune, place, tmp_path):
@@ -234,6 +244,76 @@ def test_validation_and_a_class_are_in_the_figures(finetune, place, tmp_path):
     figures = [json.loads(line) for line in text.splitlines()]
     assert code == 0 and all("validation" in line for line in figures) and len(figures) == 2
     assert sorted(path.name for path in kind.iterdir()) == ["00000.png", "00001.png"]
+
+
+def test_kohyas_times_are_not_shifted_and_the_papers_have_its_densities(finetune, tmp_path):
+    for name, options in {
+        "kohya": ["--objective", "kohya"],
+        "paper": [],
+        "mode": ["--density", "mode"],
+    }.items():
+        assert finetune(*options, out=name)[0] == 0
+    told = {n: json.loads((tmp_path / n / "options.json").read_text()) for n in ("kohya", "paper")}
+    assert (told["kohya"]["--shift"], told["paper"]["--shift"]) == (1.0, 3.0)
+    made = {n: (tmp_path / n / "lora.safetensors").read_bytes() for n in ("paper", "mode")}
+    assert made["paper"] != made["mode"]
+
+
+def test_a_dataset_and_tensorboard_by_the_command(place, tmp_path, capsys):
+    import datasets
+
+    pictures = [Image.open(path).convert("RGB") for path in sorted((place / "dog").glob("*.png"))]
+    rows = {"shown": pictures, "said": [f"a cat {i}" for i in range(5)]}
+    table = datasets.Dataset.from_dict(rows).cast_column("shown", datasets.Image())
+    table.save_to_disk(tmp_path / "rows")
+    options = ["--weights", place / "model" / "model.safetensors", "--dataset", tmp_path / "rows"]
+    options += ["--image-column", "shown", "--caption-column", "said", "--report_to", "tensorboard"]
+    options += [
+        "--out",
+        tmp_path / "out",
+        "--steps",
+        "2",
+        "--precision",
+        "no",
+        "--resolution",
+        "32",
+    ]
+    options += [
+        "--sample",
+        "a cat",
+        "--sample",
+        "a dog",
+        "--sample",
+        "a fox",
+        "--sample-every",
+        "2",
+    ]
+    assert cli.main(["finetune", *map(str, options)]) == 0, capsys.readouterr().err
+    assert list((tmp_path / "out" / "tensorboard").glob("events.*"))
+    width, height = Image.open(tmp_path / "out" / "sample-000002.png").size
+    assert width >= 2 * 32 and height >= 32 and width * height >= 3 * 32 * 32
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_twenty_random_moments_leaves_the_same_file(place, tmp_path):
+    """With signal 9, while it loads, encodes, learns and writes, on a model and a LoRA."""
+
+    def work(out):
+        torch.set_num_threads(1)  # OpenMP's threads are not there after a fork
+        given = ["--weights", place / "model" / "model.safetensors", "--data", place / "dog"]
+        given += ["--out", tmp_path / out, *QUICK, "--steps", "60", "--save-every", "1"]
+        assert cli.main(["finetune", *map(str, given)]) == 0
+
+    began = time.monotonic()
+    assert os.waitpid(child(lambda: work("whole")), 0)[1] == 0
+    lasts = time.monotonic() - began
+    rng, kills = random.Random(0), 0
+    while kills < 20 and not (tmp_path / "torn" / "lora.safetensors").exists():
+        kills += killed_after(rng.uniform(0, 0.5) * lasts, lambda: work("torn"))
+    assert kills >= 15
+    assert os.waitpid(child(lambda: work("torn")), 0)[1] == 0
+    made = [(tmp_path / name / "lora.safetensors").read_bytes() for name in ("torn", "whole")]
+    assert made[0] == made[1]
 
 
 TINY = """

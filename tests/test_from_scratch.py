@@ -38,6 +38,17 @@ def test_folding_in_the_scale_normalises_latents_and_keeps_pictures():
     assert (before - after).abs().mean() < 0.2 * before.std()
 
 
+def test_narrow_posteriors_keep_their_modes():
+    autoencoder = Autoencoder(AutoencoderConfig((32, 32), 1)).eval()
+    pictures = images.batch("some", 3)
+    with torch.no_grad():
+        mode, _ = autoencoder.moments(pictures)
+        images.narrow(autoencoder)
+        mean, logvar = autoencoder.moments(pictures)
+    assert torch.equal(mean, mode)
+    assert torch.allclose(torch.exp(logvar / 2), torch.tensor(images.WIDTH))
+
+
 def test_batches_depend_on_their_seed_alone():
     assert torch.equal(images.batch("a 1", 3), images.batch("a 1", 3))
     assert not torch.equal(images.batch("a 1", 3), images.batch("a 2", 3))
@@ -92,7 +103,7 @@ def test_what_encoders_are_told_otherwise_is_never_held_out(told):
         )
         assert sides if told is text_to_image.recoloured else colours
         other += heard != scene
-    assert other > 500
+    assert other > 300  # half of the scenes have one thing, and no relation
 
 
 def test_a_longest_caption_fits_the_text_encoders(tmp_path):
@@ -106,7 +117,7 @@ def test_parts_of_a_batch_are_learnt_from_as_the_whole(tmp_path):
     """Of every stage: pictures, captions and draws do not depend on how the batch is cut."""
     encoders = encoders_of(tmp_path)
     autoencoder = Autoencoder(AutoencoderConfig((32, 32, 32, 32), 1)).eval()
-    latents = text_to_image.Latents(autoencoder, 8, tmp_path / "latents.pt", chunk=4)
+    latents = text_to_image.Latents(autoencoder, 8, tmp_path, chunk=4)
     flow = text_to_image.TextToImage(small.mmdit(), encoders, latents, 4, 3.0)
     flow.compiled = flow.mmdit
     tasks = [
@@ -128,7 +139,7 @@ def test_a_step_of_the_flow_reaches_every_weight_but_t5s(tmp_path):
     mmdit, encoders = small.mmdit(), encoders_of(tmp_path)
     mmdit.requires_grad_(True), encoders.requires_grad_(True).t5.requires_grad_(False)
     encoders.clip_l.text_projection.requires_grad_(False)
-    latents = text_to_image.Latents(small.autoencoder(), 8, tmp_path / "latents.pt", chunk=4)
+    latents = text_to_image.Latents(small.autoencoder(), 8, tmp_path, chunk=4)
     task = text_to_image.TextToImage(mmdit, encoders, latents, 16, 3.0)
     task.compiled = mmdit
     task(1, slice(0, 16)).values.mean().backward()

@@ -241,6 +241,23 @@ def test_a_lora_that_does_not_fit_the_modules_is_put_nowhere(mmdit, tmp_path):
         lora.save(read, tmp_path / "other.safetensors")
 
 
+def test_a_lora_is_put_beside_a_layer_once(mmdit):
+    made = lora.add({"mmdit": mmdit}, 2)
+    with pytest.raises(Refusal, match="has this LoRA already: detach it first"):
+        lora.attach({"mmdit": mmdit}, made)
+    lora.detach({"mmdit": mmdit}, made)
+    lora.attach({"mmdit": mmdit}, made)
+
+
+def test_a_lora_in_float16_computes_in_the_models_longer_type(mmdit):
+    fill(lora.add({"mmdit": mmdit.float()}, 2, targets=["x_block.attn.proj"])).half()
+    tokens = 1e5 * torch.randn(3, mmdit.config.width)  # beyond float16
+    found = mmdit.joint_blocks[0].x_block.attn.proj(tokens)
+    lora.merge({"mmdit": mmdit})
+    expected = mmdit.joint_blocks[0].x_block.attn.proj(tokens)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
 # files
 
 

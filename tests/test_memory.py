@@ -11,8 +11,10 @@ from PIL import Image
 import sd3min
 from sd3min.checkpoint import Checkpoint
 from sd3min.config import Refusal
+from sd3min.fast import stages
 from sd3min.fast.stages import MEMORY
 from sd3min.fast.stream import Ahead, streamed_encoder, unmapped
+from sd3min.text_encoders import Conditioning
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle above a blue square on gray", "a cat", "a green star"]
@@ -99,6 +101,21 @@ def test_a_plan_of_another_name_is_refused(whole):
 
 
 # streaming
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_network_sent_block_by_block_is_the_kept_one(dtype, whole):
+    """As to a GPU, for which the CPU stands in."""
+    part = Checkpoint.open(whole).parts["mmdit"]
+    kept = stages.network(part, dtype, CPU, lambda linear: linear)
+    sent = stages.sent(part, dtype, CPU)
+    generator = torch.Generator().manual_seed(0)
+    sizes = (2, 16, 6, 10), (2, 9, 320), (2, 192)
+    latents, *said = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
+    text = Conditioning(*said)
+    runs = [made.prepare(text, torch.tensor([900.0, 20.5])) for made in (kept, sent)]
+    for i in (1, 0, 1):
+        assert torch.equal(*(run(latents, i) for run in runs))
 
 
 class Noted(torch.nn.Module):

@@ -325,7 +325,7 @@ def test_training_scenes_hold_nothing_out_and_show_all_the_rest():
     assert {scene.background for scene in drawn} == set(BACKGROUNDS)
     assert {r for scene in drawn for r, _ in scene.others} == set(RELATIONS)
     counts = [len(scene.things) for scene in drawn]
-    for count, share in scenes.COUNTS.items():
+    for count, share in scenes.TRAINED_COUNTS.items():
         assert counts.count(count) / len(counts) == pytest.approx(share, abs=0.03)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import sd3min
 from sd3min.checkpoint import Checkpoint
 from sd3min.config import Refusal
-from sd3min.fast import t5
+from sd3min.fast import plan, t5
 from sd3min.parts import PREFIXES
 
 CPU = torch.device("cpu")
@@ -110,6 +110,14 @@ def test_fp8_stays_fp8_and_says_the_same_to_the_bit(dtype, in_fp8):
     assert len(held) == 14 and not [m for m in model.modules() if isinstance(m, nn.Linear)]
     assert {layer.values.dtype for layer in held} == {torch.float8_e4m3fn}
     assert sum(layer.scale is not None for layer in held) == 4
+
+
+def test_what_stays_fp8_is_mapped_with_a_scale_or_without(in_fp8):
+    _, mapped = plan.held(part(in_fp8), torch.bfloat16, CPU, "fp8")
+    stored = part(in_fp8).tensors
+    assert mapped == sum(
+        torch.Size(t.shape).numel() for n, t in stored.items() if t5.LINEAR.search(n)
+    )
 
 
 def test_no_tensor_of_the_working_type_is_left_but_norms_and_tables(whole):

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from hypothesis import given, strategies
+from killing import child, killed_after
 from PIL import Image
 from torch import nn
 
@@ -194,26 +195,6 @@ def test_a_run_that_is_done_gives_its_weights_again(tmp_path):
     torch.testing.assert_close(weights(again), weights(first), **EXACT)
 
 
-def child(work):
-    """A process that does some work; its number."""
-    number = os.fork()
-    if number == 0:
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return number
-
-
-def killed_after(seconds, work):
-    """Whether work was killed by signal 9 after a while, and not done before."""
-    number = child(work)
-    time.sleep(seconds)
-    os.kill(number, signal.SIGKILL)
-    return os.WIFSIGNALED(os.waitpid(number, 0)[1])
-
-
 def run_to(folder, recipe=QUICK, task=Line):
     """Train and leave the weights in a file."""
     trained = task()
@@ -356,11 +337,51 @@ def test_a_run_that_went_too_far_is_refused(tmp_path):
         fit(Line(), Recipe(**vars(QUICK) | {"steps": 4}), tmp_path)
 
 
-def test_a_checkpoint_has_the_four_things_that_a_run_needs(tmp_path):
+def test_a_checkpoint_has_what_a_run_needs(tmp_path):
     fit(Line(), QUICK, tmp_path)
     state = torch.load(tmp_path / "checkpoint.pt")
-    assert state.keys() == {"trained", "optimizer", "average", "step"}
-    assert state["trained"].keys() == {"layer.weight", "layer.bias"}
+    assert state.keys() == {"trained", "optimizer", "average", "scaler", "step"}
+    assert state["trained"].keys() == {"layer.weight", "layer.bias"} and state["scaler"] is None
+
+
+class Scaler:
+    """Where float16 scales its losses; a stand-in, since there is none on a CPU."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def get_scale(self):
+        return self.scale
+
+    def state_dict(self):
+        return {"scale": self.scale}
+
+    def load_state_dict(self, state):
+        self.scale = state["scale"]
+
+
+def test_the_scale_of_float16_is_in_the_checkpoint(tmp_path):
+    run = Run(Line(), QUICK, tmp_path / "checkpoint.pt")
+    run.scaler = Scaler(4096.0)
+    run.save()
+    other = Run(Line(), QUICK, tmp_path / "none")
+    other.scaler, other.path = Scaler(65536.0), run.path
+    other._resume()
+    assert other.scaler.scale == 4096.0
+
+
+@pytest.mark.parametrize(("scale", "stops"), [(65536.0, False), (0.5, True)])
+def test_under_float16_a_gradient_that_is_no_number_stops_a_run_when_no_scale_helps(
+    scale, stops, tmp_path
+):
+    run = Run(Line(lambda step, values: values * 1e30 * 1e30), QUICK, tmp_path / "checkpoint.pt")
+    run.scaler, run.accelerator.clip_grad_norm_ = Scaler(scale), lambda *_: math.inf
+    run.check = lambda what, value, check=run.check: None if what == "loss" else check(what, value)
+    if stops:
+        with pytest.raises(Refusal, match="the gradient's norm is inf at step 0"):
+            run.advance()
+    else:
+        run.advance()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

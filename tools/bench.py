@@ -5,7 +5,8 @@ width, and all take turns, so that whatever else the machine does meets all of t
 ratios count; seconds belong to the machine. Peers that are not installed are left out: diffusers
 comes with `pip install -e .[dev]`, OpenVINO with `pip install openvino`, stable-diffusion.cpp with
 `pip install cyllama`. `--work "step 512"` puts that row alone anew; `--sides fast stream --work
-"step 512" "step 1024" --out tools/bench_stream.json` is what reading from the file costs.
+"step 512" "step 1024" --scaling-depth 0 --out tools/bench_stream.json` is what reading from the
+file costs.
 
 GFLOP/s are those of the plain network's products, depth·(24·d²·T + 4·T²·d) for T tokens of d
 channels of each picture, whatever a side does to need fewer, beside the most that one product
@@ -181,7 +182,7 @@ def scaling(depth: int, rounds: int, threads: int) -> dict[str, Any]:
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Speed beside diffusers, and cost against work."""
+    """Speed beside the first side, and cost against work."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -189,16 +190,17 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
     figure, (bars, lines) = plt.subplots(1, 2, figsize=(10, 3.8), dpi=110)
     works, sides = list(results["work"]), results["sides"]
+    first = sides[0]
     for place, side in enumerate(sides):
         ratios = [
-            row["diffusers"]["seconds"] / row[side]["seconds"] if side in row else 0
+            row[first]["seconds"] / row[side]["seconds"] if side in row else 0
             for row in results["work"].values()
         ]
         spots = [i + (place - len(sides) / 2 + 0.5) * 0.8 / len(sides) for i in range(len(works))]
         bars.bar(spots, ratios, 0.8 / len(sides), label=side)
     bars.axhline(1, color="black", linewidth=0.8)
     bars.set_xticks(range(len(works)), [work.replace(", ", "\n") for work in works], fontsize=8)
-    bars.set_ylabel("times as fast as diffusers")
+    bars.set_ylabel(f"times as fast as {first}")
     bars.legend(fontsize=7)
     scale = results["scaling"]
     for side, style in (("plain", "o-"), ("fast", "s-")):

@@ -14,8 +14,9 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -32,23 +33,24 @@ from sd3min.training.grid import grid
 FIGURES = Path(__file__).parents[1] / "weights" / "figures"
 PROMPTS = 200
 CLASS = "cat"  # in whose place the object is put
-SUBJECT = captions.SPARE  # its name
+SUBJECT = f"{captions.SPARE} {CLASS}"  # its name
 BATCH = 20
-KEPT = 96  # pictures of what the model knows, half of them with a thing of the class
+KEPT = 160  # pictures of what the model knows
+OF_CLASS = 4  # one in so many is of the five captions, and as many are others with the class
 COURSE = {
-    "steps": 900,
-    "batch": 4,
+    "steps": 1200,
+    "batch": 8,
     "rate": 2e-3,
     "schedule": "linear",
     "warmup": 10,
     "rank": 4,
-    "targets": "attn.qkv,attn.proj,mlp.fc1,mlp.fc2,adaLN_modulation.1",
+    "targets": "attn.qkv,attn.proj,mlp.fc1,mlp.fc2,self_attn.*",
 }
 SHOWN = (  # captions of the five pictures, with a thing of the class where the object is
-    "a cat on white",
     "a cat on sky",
     "a cat left of a tree on cream",
     "a cat below a house on gray",
+    "a cat right of a red star on white",
     "a cat right of a fish and above a carrot on navy",
 )
 
@@ -70,7 +72,9 @@ def keep_known(pipe: Pipeline, folder: Path) -> float:
     """Pictures that the model makes of what it knows, captioned; the share that shows that."""
     folder.mkdir(parents=True)
     rng = random.Random("known")
-    wanted = [*of_class(KEPT // 2, "known"), *(scenes.random_scene(rng) for _ in range(KEPT // 2))]
+    alike = [captions.parse(words) for words in SHOWN] * (KEPT // OF_CLASS // len(SHOWN))
+    wanted = [*alike, *of_class(KEPT // OF_CLASS, "known")]
+    wanted += [scenes.random_scene(rng) for _ in range(KEPT - len(wanted))]
     made = render(pipe, wanted)
     for i, (picture, scene) in enumerate(zip(made, wanted, strict=True)):
         sd3min.save(picture, folder / f"{i:03}.png")
@@ -133,14 +137,18 @@ def finetune(weights: Path | None, work: Path) -> None:
     options = [f"--{name}={value}" for name, value in COURSE.items()]
     given = ["--weights", str(weights)] if weights else []
     data = ["--data", str(work / "pictures"), "--class-data", str(work / "known")]
-    data += [
-        "--class-prompt",
-        f"a {CLASS}",
-        "--class-images",
-        str(KEPT),
-    ]  # which have captions of their own
+    captioned = ["--class-prompt", f"a {CLASS}"]  # unheard: all have captions of their own
+    data += [*captioned, "--class-images", str(KEPT)]
     if cli.main(["finetune", *given, *data, *options, "--train-clips", "--out", str(work / "run")]):
         raise SystemExit(1)
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """How many pictures are right with the LoRA and without it, in Markdown."""
+    learnt, plain = figures["right"], figures["right without the LoRA"]
+    lines = [f"| {figures['prompts']} prompts | with the LoRA | without |", "|---|---|---|"]
+    lines += [f"| {name} | {learnt[name]:.1%} | {plain[name]:.1%} |" for name in learnt]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -193,6 +201,7 @@ def main() -> None:
     sheet = grid([*learnt, *made["with the object"][:10]], columns=5)
     sd3min.save(sheet, arguments.out.with_suffix(".png"))
     print(json.dumps(figures, indent=2))
+    print(table(figures))
 
 
 if __name__ == "__main__":

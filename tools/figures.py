@@ -1,8 +1,9 @@
 """Draw the README's pictures and write its tables: python tools/figures.py.
 
 In `weights/figures`, `grid.png` shows the first prompts of each kind, their indices as seeds,
-`demo.png` the picture of `make demo`, and
-`curves.png` what `tools/measure_tiny.py` measured into `weights/sd3-tiny/accuracy.json`.
+`demo.png` the picture of `make demo`,
+`curves.png` what `tools/measure_tiny.py` measured into `weights/sd3-tiny/accuracy.json`, and
+`training.png` the losses that `weights/sd3-tiny/training.json` has of the shipped weights.
 """
 
 import json
@@ -29,6 +30,7 @@ from sd3min.training import captions, scenes
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "weights" / "figures"
 ACCURACY = ROOT / "weights" / "sd3-tiny" / "accuracy.json"
+TRAINING = ROOT / "weights" / "sd3-tiny" / "training.json"
 ROWS = {
     "seen": "what training showed",
     "pairs": "a pair of colour and shape that it never showed",
@@ -187,6 +189,27 @@ def draw_curves(figures: Mapping[str, Any]) -> None:
     figure.savefig(FIGURES / "curves.png")
 
 
+def draw_training(sittings: Sequence[Mapping[str, Any]]) -> None:
+    """The flow's loss over all steps, and of the last sitting by time."""
+    figure, (whole, last) = plt.subplots(1, 2, figsize=(9, 3), dpi=110, layout="constrained")
+    start = 0
+    for i, sitting in enumerate(sittings):
+        steps = [start + (j + 1) * sitting["every"] for j in range(len(sitting["loss"]))]
+        whole.plot(steps, sitting["loss"], linewidth=1, label=f"{i + 1}: {sitting['title']}")
+        start = steps[-1]
+    whole.set(xlabel="step of 64 latents", ylabel="loss", yscale="log")
+    whole.legend(fontsize=7, frameon=False)
+    every, by_time = sittings[-1]["every"], sittings[-1]["by time"]
+    for title, losses in by_time.items():
+        steps = [(j + 1) * every for j in range(len(losses))]
+        last.plot(steps, losses, linewidth=1, label=f"t from {title}")
+    last.set(xlabel=f"step of sitting {len(sittings)}", yscale="log")
+    last.legend(fontsize=7, frameon=False)
+    for place in (whole, last):
+        place.grid(alpha=0.3, which="both")
+    figure.savefig(FIGURES / "training.png")
+
+
 def fill_in(text: str, tables: Mapping[str, str]) -> str:
     """A text with every table between its two marks replaced."""
     for name, table in tables.items():
@@ -205,6 +228,7 @@ def main() -> None:
     draw_demo()
     draw_grid()
     draw_curves(figures)
+    draw_training(json.loads(TRAINING.read_text()))
     tables = {
         "accuracy": accuracy_table(figures),
         "ablation": ablation_table(figures),

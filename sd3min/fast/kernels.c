@@ -162,16 +162,18 @@ int quantise(int8_t* out, float* scales, const bf16* x, long rows, long width) {
         for (long r = 0; r < rows; r++) {
             if (!row) continue;
             floats most = _mm512_set1_ps(1e-30f);
+            __mmask16 odd = 0;  // is no number
             for (long i = 0; i < width; i += 64) {
                 floats piece[4];
                 for (int k = 0; k < 4; k++) piece[k] = load(x + r * width + i + 16 * k);
                 rotate(piece);
                 for (int k = 0; k < 4; k++) {
                     most = _mm512_max_ps(most, _mm512_abs_ps(piece[k]));
+                    odd |= _mm512_cmp_ps_mask(piece[k], piece[k], _CMP_UNORD_Q);
                     _mm512_store_ps(row + i + 16 * k, piece[k]);
                 }
             }
-            scales[r] = _mm512_reduce_max_ps(most) / 127;
+            scales[r] = odd ? NAN : _mm512_reduce_max_ps(most) / 127;
             floats by = _mm512_set1_ps(1 / scales[r]);
             for (long i = 0; i < width; i += 16) {
                 __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(row + i), by));

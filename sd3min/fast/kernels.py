@@ -75,16 +75,20 @@ def normalise_heads(qkv: Tensor, ln_q: nn.Module, ln_k: nn.Module) -> Tensor:
 def attention(qkv: Float[Tensor, "b n d3"], repeats: int = 1) -> Tokens:
     """Attention among all tokens, the last of which may stand for several equal ones.
 
-    A key that is there m times adds m equal terms to the sums of the softmax: one of exp(s + ln m).
+    A key that is there m times adds m equal terms to the sums of the softmax: in the loop one term,
+    exp(s + ln m).
     """
     if native.serves(qkv):
         return joint_attention(qkv[:, :0], qkv, repeats)[1]
-    q, k, v = rearrange(qkv, "b n (three a e) -> three b a n e", three=3, e=HEAD_WIDTH)
-    mask = None
-    if repeats > 1:
-        mask = torch.zeros(1, k.shape[-2], dtype=qkv.dtype, device=qkv.device)
-        mask[0, -1] = math.log(repeats)
-    return rearrange(F.scaled_dot_product_attention(q, k, v, mask), "b a n e -> b n (a e)")
+    more = qkv[:, -1:].expand(-1, repeats - 1, -1)  # ln m as a mask would be rounded in bfloat16
+    _, k, v = split_heads(torch.cat([qkv, more], dim=1))
+    mixed = F.scaled_dot_product_attention(split_heads(qkv)[0], k, v)
+    return rearrange(mixed, "b a n e -> b n (a e)")
+
+
+def split_heads(qkv: Float[Tensor, "b n d3"]) -> Float[Tensor, "three b a n e"]:
+    """Queries, keys and values of each head."""
+    return rearrange(qkv, "b n (three a e) -> three b a n e", three=3, e=HEAD_WIDTH)
 
 
 def joint_attention(
@@ -119,7 +123,7 @@ def rotate(x: Tensor) -> Tensor:
 
 def quantise(x: Tensor) -> tuple[Tensor, Float[Tensor, "... 1"]]:
     """Rows […, i] rotated, as whole numbers of ±127, and what each is to be multiplied by."""
-    if native.serves(x):
+    if native.serves(x) and x.shape[-1] % 64 == 0:
         whole = torch.empty_like(x, dtype=torch.int8)
         scales = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
         native.call("quantise", whole, scales, x, scales.numel(), x.shape[-1])
@@ -143,7 +147,8 @@ def linear(x: Float[Tensor, "... i"], pieces: Sequence[Tensor], bias: Tensor) ->
     lengths = [len(piece) for piece in pieces]
     places, biases = out.split(lengths, dim=-1), bias.split(lengths)
     for place, weight, own in zip(places, pieces, biases, strict=True):
-        if native.serves(x) and weight.dtype in (torch.bfloat16, torch.float16):
+        even = x.shape[-1] % 32 == len(own) % 32 == 0
+        if even and native.serves(x) and weight.dtype in (torch.bfloat16, torch.float16):
             sizes = x.shape[:-1].numel(), x.shape[-1], len(own), len(bias)
             native.call("linear", place, x, weight, own, *sizes, weight.dtype == torch.float16)
         else:

@@ -28,8 +28,9 @@ def on_cpu(tensor: Tensor, *dtypes: torch.dtype) -> bool:
 
 
 def packed(linear: nn.Linear) -> nn.Module:
-    """The layer, packed where that is for something."""
-    return PackedLinear(linear) if on_cpu(linear.weight, torch.bfloat16) else linear
+    """The layer, packed where that is for something and where this CPU's oneDNN takes it."""
+    able = on_cpu(linear.weight, torch.bfloat16) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return PackedLinear(linear) if able else linear
 
 
 class Int8Linear(nn.Module):
@@ -59,9 +60,12 @@ class Int8Linear(nn.Module):
         return kernels.rescale_(self.product(whole, x.dtype), scales, self.bias)
 
     def product(self, whole: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of whole numbers by the weights, whose scales are applied."""
+        """Rows of whole numbers by the weights, with their scales, in a type or a longer one;
+        128ths keep the sums of float16 within its range.
+        """
         if not self.packed:
-            return F.linear(whole.to(dtype), self.weight.to(dtype)) * self.scales.to(dtype)
+            sums = F.linear(whole.to(dtype) / 128, self.weight.to(dtype))
+            return sums * (128 * self.scales)
         zero = 0 if SIGNED else 128
         whole = whole if SIGNED else whole.view(torch.uint8) ^ 128  # the same, and 128 more
         zeros = torch.zeros_like(self.scales, dtype=torch.int32)

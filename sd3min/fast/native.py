@@ -79,7 +79,7 @@ def library() -> ctypes.CDLL | None:
     """The library, or None, with one warning, where this machine cannot have it."""
     try:
         return loaded(compiled())
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # or there is no home
         lines = getattr(error, "stderr", None) or str(error)
         reason = next((line for line in lines.splitlines() if "error" in line), lines.strip())
         message = f"PyTorch does what sd3min's own loops would do faster ({reason})"

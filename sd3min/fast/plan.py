@@ -159,8 +159,11 @@ def held(part: Part, dtype: torch.dtype, device: torch.device, how: str) -> tupl
 def fits(part: Part, name: str, kept: torch.dtype, device: torch.device) -> bool:
     """Whether a tensor is used where it is in the file."""
     stored = part.tensors.get(name)
-    as_it_is = isinstance(stored, Stored) and not stored.scale and TYPES[stored.dtype] == kept
-    return as_it_is and device.type == "cpu"
+    if not isinstance(stored, Stored) or device.type != "cpu":
+        return False
+    if kept == KEPT["fp8"]:  # whose scale, if it has one, is kept beside it
+        return stored.dtype.startswith("F8")
+    return not stored.scale and TYPES[stored.dtype] == kept
 
 
 def working(part: Part, settings: Settings, batch: int, how: str) -> int:

@@ -181,8 +181,11 @@ def network(
 
 def streamed_network(part: Part, dtype: torch.dtype, device: torch.device) -> FastMMDiT:
     """The MMDiT for runs, read block by block at every step."""
-    if device.type == "cpu":
-        return mapped_network(part, dtype)
+    return mapped_network(part, dtype) if device.type == "cpu" else sent(part, dtype, device)
+
+
+def sent(part: Part, dtype: torch.dtype, device: torch.device) -> FastMMDiT:
+    """The MMDiT for runs, each block of which goes to a GPU while the one before it computes."""
 
     def ahead(block: Callable[[int], FastBlock], depth: int) -> Ahead[FastBlock]:
         read: Any = weakref.WeakMethod(block)  # or the network would keep itself alive

@@ -68,7 +68,8 @@ class Ahead(Generic[M]):
 
     def send(self, i: int) -> Future[M]:
         """Let the worker make module i, after all that the GPU was given to do until now."""
-        until_now = torch.cuda.current_stream().record_event() if self.stream else None
+        busy = self.stream and torch.cuda.current_stream(self.stream.device)
+        until_now = busy.record_event() if busy else None
         return self.worker.submit(self.made, i, until_now)
 
     def made(self, i: int, until_now: Any) -> M:

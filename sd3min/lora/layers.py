@@ -45,8 +45,10 @@ class LowRank(nn.Module):
         return self.scale * self.alpha / self.rank
 
     def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
-        """What is added to the layer's output, in the type of A and B."""
-        return F.linear(F.linear(x.to(self.down.dtype), self.down), self.up) * self.factor
+        """What is added to the layer's output, in the longer type of x and of A and B."""
+        dtype = torch.promote_types(x.dtype, self.down.dtype)
+        down, up = self.down.to(dtype), self.up.to(dtype)
+        return F.linear(F.linear(x.to(dtype), down), up) * self.factor
 
     def delta(self, weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
         """What is added to the rows of the weight; DoRA's scale s is inside of the norm, as PEFT

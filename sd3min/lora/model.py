@@ -55,9 +55,10 @@ def add(
 
     `alpha` is the rank where it is left out. `targets`, by default `TARGETS`, are ends of names,
     diffusers' or official, in which * stands for anything: "attn.to_q" is the query rows of a fused
-    layer, "attn.qkv" all of them under one pair of matrices. A is normal with deviation 1/rank and
-    B zero, as PEFT's "gaussian" has it, both at least in float32. Raises Refusal where a target
-    finds nothing.
+    layer, "attn.qkv" all of them under one pair of matrices. A text encoder of which they name
+    nothing has `TARGETS`, as diffusers' training has it. A is normal with deviation 1/rank and B
+    zero, as PEFT's "gaussian" has it, both at least in float32. Raises Refusal where a target finds
+    nothing.
     """
     alpha = rank if alpha is None else alpha
     if rank < 1 or not math.isfinite(alpha) or alpha == 0:
@@ -68,9 +69,7 @@ def add(
     found = [
         (layer, rows)
         for part, module in modules.items()
-        for layer in layers(part, shapes(module))
-        if isinstance(module.get_submodule(layer.name), nn.Linear)
-        for rows in targeted(layer, TARGETS if targets is None else targets)
+        for layer, rows in chosen(part, module, targets)
     ]
     known = [name for layer, _ in found for name in (layer.name, *layer.pieces)]
     if idle := [target for target in targets or () if not matched(target, known)]:
@@ -90,6 +89,23 @@ def add(
     for module in modules.values():
         module.requires_grad_(False)
     return made.requires_grad_(True)
+
+
+def chosen(
+    part: str, module: nn.Module, targets: Sequence[str] | None
+) -> list[tuple[Layer, slice]]:
+    """The linear layers of a part that targets name, and the rows of each."""
+    linear = [
+        layer
+        for layer in layers(part, shapes(module))
+        if isinstance(module.get_submodule(layer.name), nn.Linear)
+    ]
+
+    def named(wanted: Sequence[str]) -> list[tuple[Layer, slice]]:
+        return [(layer, rows) for layer in linear for rows in targeted(layer, wanted)]
+
+    found = named(TARGETS if targets is None else targets)
+    return found if found or part == "mmdit" else named(TARGETS)
 
 
 def shapes(module: nn.Module) -> dict[str, list[int]]:
@@ -124,6 +140,8 @@ def attach(modules: Modules, lora: LoRA, scale: float = 1.0) -> LoRA:
             raise Refusal(f"{layer.name} is a convolution: load the LoRA with the weights")
         if isinstance(linear, LoRALinear) and linear.kept is not None:
             raise Refusal(f"{layer.name} has LoRAs that are merged: unmerge them first")
+        if isinstance(linear, LoRALinear) and any(c in linear.changes for c in lora.changes):
+            raise Refusal(f"{layer.name} has this LoRA already: detach it first, or read it again")
     for layer, change in lora:
         linear = modules[layer.part].get_submodule(layer.name)
         if isinstance(linear, nn.Linear) and not isinstance(linear, LoRALinear):

@@ -92,11 +92,13 @@ def add_tuning(parser: argparse.ArgumentParser) -> None:
     add("--objective", metavar="NAME", help=objective)
     scheme = f"diffusers' objective under one of {', '.join(SCHEMES)}"
     add("--weighting_scheme", metavar="NAME", help=scheme)
+    density = "times of the paper's objective: logit-normal, mode, cosmap or uniform"
+    add("--density", default="logit-normal", metavar="NAME", help=density)
     add("--logit_mean", type=options.number, default=0.0, help="of the density of times")
     add("--logit_std", type=options.number, default=1.0, help="of the density of times")
     add("--mode_scale", type=options.number, default=1.29, help="of the density of times")
     add("--precondition_outputs", type=options.whole, default=1, help="1 or 0, as diffusers")
-    add("--shift", type=options.number, help="of the times (default: the weights')")
+    add("--shift", type=options.number, help="of the times (default: the weights'; kohya's 1)")
 
 
 def add_course(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +126,7 @@ def add_course(parser: argparse.ArgumentParser) -> None:
     add("--save-every", "--checkpointing_steps", type=options.whole, default=250, help=every)
     resume = "diffusers' option: a run in the same folder always goes on"
     add("--resume_from_checkpoint", metavar="latest", help=resume)
-    add("--device", help="cpu, cuda, …")
+    add("--device", help="cpu or cuda")
     add("--dtype", help="of the weights that stay: float32, bfloat16 or float16")
 
 

@@ -131,8 +131,10 @@ def read_dataset(
 
 def opened(name: str) -> Any:
     """A dataset's split "train", as saved on disk or as `load_dataset` finds it."""
-    import datasets
-
+    try:
+        import datasets
+    except ImportError:
+        raise Refusal(f"the dataset {name} needs datasets: pip install datasets") from None
     try:
         if (Path(name) / "dataset_dict.json").exists():
             return datasets.DatasetDict.load_from_disk(name)["train"]
@@ -166,16 +168,21 @@ class Encoded:
     logvar: torch.Tensor
 
 
+def encoder_digest(autoencoder: Autoencoder) -> str:
+    """SHA-256 of the encoder's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in autoencoder.encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
+
+
 class LatentCache:
     """Posteriors of pictures, kept in a folder by what decides them: pixels and autoencoder."""
 
     def __init__(self, autoencoder: Autoencoder, folder: Path):
         self.autoencoder, self.folder = autoencoder, folder
-        digest = hashlib.sha256()
-        for name, tensor in autoencoder.encoder.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().data)
-        self.key = f"{digest.hexdigest()} {next(autoencoder.parameters()).dtype}"
+        self.key = f"{encoder_digest(autoencoder)} {next(autoencoder.parameters()).dtype}"
 
     def path(self, image: Image.Image) -> Path:
         """The file of a picture's posterior."""

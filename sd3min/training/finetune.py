@@ -24,28 +24,34 @@ from sd3min.training.trainer import Losses, Task
 
 
 class Material(NamedTuple):
-    """Examples, encoded: posteriors by bucket, all captions, and how much an example counts."""
+    """Examples, encoded: posteriors by bucket, all captions, how much an example counts, and what
+    the examples are called.
+    """
 
     encoded: list[Encoded]
     captions: list[str]
     weight: float = 1.0
+    names: Sequence[str] = ()
 
 
 class Drawn(NamedTuple):
-    """A step's batch of a material: examples' places in a bucket, and their captions."""
+    """A step's batch of a material: examples' places in a bucket, their captions and names."""
 
     bucket: Encoded
     places: list[int]
     captions: list[str]
     weight: float
+    names: list[str]
 
 
 def draw(material: Material, step: int, size: int, seed: int) -> Drawn:
     """A step's batch; the seed and the step decide it."""
     which, places = batches([len(e.indices) for e in material.encoded], size, seed, step)
     bucket = material.encoded[which]
-    captions = [material.captions[bucket.indices[place]] for place in places]
-    return Drawn(bucket, places, captions, material.weight)
+    indices = [bucket.indices[place] for place in places]
+    captions = [material.captions[index] for index in indices]
+    names = [material.names[index] for index in indices] if material.names else captions
+    return Drawn(bucket, places, captions, material.weight, names)
 
 
 @dataclass(frozen=True)
@@ -120,9 +126,9 @@ class FineTuning(Task):
         return [draw(material, step, size, self.tuning.seed) for material in self.materials]
 
     def describe(self, step: int) -> str:
-        """Name the pictures of a step by their captions."""
-        captions = [repr(caption) for drawn in self.drawn(step) for caption in drawn.captions]
-        return f"the pictures of {'; '.join(captions[:4])}"
+        """Name the pictures of a step."""
+        names = [name for drawn in self.drawn(step) for name in drawn.names]
+        return f"the pictures {', '.join(map(repr, dict.fromkeys(names)))}"
 
     def forward(self, step: int, part: slice) -> Losses:
         """Losses of a part of a step's batch, as much of each material; the step decides draws.

@@ -36,13 +36,14 @@ GRID = 32  # rows and columns of the table of positions, in patches
 
 
 def train_autoencoder(autoencoder: Autoencoder, plan: Plan, work: Path) -> None:
-    """Both halves together, then the latents' scale, then the decoder alone."""
+    """Both halves together, then the latents' scale, then the decoder alone; narrow posteriors."""
     recipes = plan.recipes
     first = images.Reconstruction(autoencoder, recipes["reconstruction"].batch)
     fit(first, recipes["reconstruction"], work / "reconstruction")
     images.normalise(autoencoder, images.batch("normalise", 256))
     second = images.Decoding(autoencoder, recipes["decoder"].batch)
     fit(second, recipes["decoder"], work / "decoder")
+    images.narrow(autoencoder)
 
 
 def identity(plan: Plan, start: Path | None) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def train_flow(
     encoders.t5.requires_grad_(False)
     recipe = plan.recipes["flow"]
     with PartialState().main_process_first():
-        latents = text_to_image.Latents(autoencoder, plan.pictures, work / "latents.pt")
+        latents = text_to_image.Latents(autoencoder, plan.pictures, work)
     task = text_to_image.TextToImage(mmdit, encoders, latents, recipe.batch, plan.training_shift)
 
     def look(step: int) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The autoencoder's training: reconstruction, a normal posterior, and the official scale."""
 
+import math
 import random
 from collections.abc import Iterable
 
@@ -15,6 +16,7 @@ from sd3min.training.trainer import Losses, Task
 KL_WEIGHT = 1e-3
 CROP = 64  # pixels
 LATENT_NOISE = 0.1  # about what a sampled picture's latents are off by
+WIDTH = 0.01  # of the posteriors that the shipped encoder tells of
 
 
 def drawn(wanted: Iterable[scenes.Scene], rng: random.Random) -> Float[Tensor, "b 3 H W"]:
@@ -107,3 +109,16 @@ def normalise(autoencoder: Autoencoder, images: Tensor) -> None:
     weight, bias = (tensors[f"decoder.conv_in.{name}"] for name in ("weight", "bias"))
     bias -= weight.sum(dim=(1, 2, 3)) * b / a
     weight /= a
+
+
+@torch.no_grad()
+def narrow(autoencoder: Autoencoder) -> None:
+    """Make every posterior WIDTH wide, and leave its mode.
+
+    As KL_WEIGHT leaves them they are so wide that fine-tuning on samples would learn their noise.
+    """
+    weight, bias = autoencoder.encoder.conv_out.weight, autoencoder.encoder.conv_out.bias
+    assert bias is not None
+    channels = len(bias) // 2
+    weight[channels:] = 0
+    bias[channels:] = 2 * math.log(WIDTH)

@@ -133,6 +133,9 @@ class Log:
         """Draw the curves."""
         with whole(self.plot) as part:
             curves.draw(self.path, part)
+        if self.board is not None:
+            with contextlib.suppress(OSError):  # of a full disk, which the checkpoint tells of
+                self.board.flush()
 
     def __enter__(self) -> "Log":
         return self
@@ -143,10 +146,10 @@ class Log:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with contextlib.suppress(OSError):  # of a full disk, which has been told of
-            self.file.close()
-        if self.board is not None:
-            self.board.close()
+        for open_ in (self.file, self.board):
+            with contextlib.suppress(OSError):  # of a full disk, which has been told of
+                if open_ is not None:
+                    open_.close()
 
 
 def told(line: str) -> float:

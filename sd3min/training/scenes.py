@@ -74,7 +74,8 @@ RELATIONS = tuple(MIRRORED)
 AXES = (("above", "below"), ("left of", "right of"))
 VERTICAL = AXES[0]
 SHAPE_SHARE = 0.5  # of the things, the others being objects
-COUNTS = {1: 0.2, 2: 0.45, 3: 0.35}  # how often a scene has so many things
+COUNTS = {1: 0.2, 2: 0.45, 3: 0.35}  # how often a prompt has so many things
+TRAINED_COUNTS = {1: 0.5, 2: 0.25, 3: 0.25}  # in training, where only a single thing is large
 HELD_OUT_FILE = Path(__file__).with_name("held_out.json")
 
 # Lengths are in pixels of a picture LAYOUT_SIZE across; other sizes scale them.
@@ -286,7 +287,7 @@ def _scene_that(
 
 def random_scene(rng: random.Random) -> Scene:
     """Draw a scene for training."""
-    return _scene_that(KINDS["seen"], COUNTS, rng)
+    return _scene_that(KINDS["seen"], TRAINED_COUNTS, rng)
 
 
 KINDS: dict[str, Callable[[Scene], bool]] = {

@@ -19,6 +19,7 @@ from sd3min.mmdit import MMDiT, position_table
 from sd3min.text_encoders import Conditioning, TextEncoders
 from sd3min.training import captions, scenes
 from sd3min.training.conditioning import Layout, leave_out
+from sd3min.training.data import encoder_digest
 from sd3min.training.images import drawn
 from sd3min.training.objective import paper, velocity_errors
 from sd3min.training.records import load, save
@@ -26,7 +27,6 @@ from sd3min.training.trainer import Losses, Task
 
 NO_CAPTION = 0.1  # of the captions are left empty, for guidance
 LEFT_OUT = 0.15  # how often each encoder is left out, each by itself
-RECOLOURED = 0.15  # how often CLIP-G and T5 read colours by chance, where CLIP-L is not left out
 DRAWS = 2  # times and noises for each picture and caption of a batch
 
 
@@ -52,14 +52,15 @@ def initialise(mmdit: MMDiT, encoders: TextEncoders, resolution: int) -> None:
 
 
 class Latents:
-    """Latents of many drawn scenes, encoded once and kept in a file, with the scenes (App. E.1).
+    """Latents of many drawn scenes, encoded once and kept in a file with the scenes (App. E.1),
+    whose name tells the encoder.
 
-    They are the posteriors' modes: this autoencoder's posteriors are wide, and a sample's noise
-    would only slow the learning.
+    They are the posteriors' modes: a sample's noise would only slow the learning.
     """
 
-    def __init__(self, autoencoder: Autoencoder, count: int, path: Path, chunk: int = 64):
-        """Read them from `path`, or draw and encode `count` scenes and write them there."""
+    def __init__(self, autoencoder: Autoencoder, count: int, folder: Path, chunk: int = 64):
+        """Read them from `folder`, or draw and encode `count` scenes and write them there."""
+        path = folder / f"latents-{encoder_digest(autoencoder)[:16]}.pt"
         if not path.exists():
             save(self.encode(autoencoder, count, chunk), path)
         state = load(path)
@@ -114,16 +115,15 @@ def encode(
 
     Each has something to say that the others may have wrong, and so the network learns to ask
     each. Where T5 is heard, both CLIPs read the caption with its relations by chance; where CLIP-L
-    is heard, CLIP-G and T5 read `RECOLOURED` of the captions with their colours by chance. Differs
-    from the paper, where all three read the same (App. B.3): a caption this short is read by any
-    one encoder, and the network would do without the others. Differs from the paper, where each is
-    left out of 46.4 % (App. B.3): here of `LEFT_OUT`, and `NO_CAPTION` are empty.
+    is heard, CLIP-G and T5 read it with its colours by chance. Differs from the paper, where all
+    three read the same (App. B.3): a caption this short is read by any one encoder, and the network
+    would do without the others. Differs from the paper, where each is left out of 46.4 %
+    (App. B.3): here of `LEFT_OUT`, and `NO_CAPTION` are empty.
     """
     kept = torch.tensor([[float(rng.random() >= LEFT_OUT) for _ in range(3)] for _ in wanted])
     read: list[list[str]] = [[], [], []]
     for scene, (has_clip_l, _, has_t5) in zip(wanted, kept.tolist(), strict=True):
-        repainted = bool(has_clip_l) and rng.random() < RECOLOURED
-        other = recoloured(scene, rng) if repainted else scene
+        other = recoloured(scene, rng) if has_clip_l else scene
         clip_l, clip_g = (rearranged(s, rng) if has_t5 else s for s in (scene, other))
         told, seed = rng.random() >= NO_CAPTION, rng.random()
         for texts, heard in zip(read, (clip_l, clip_g, other), strict=True):

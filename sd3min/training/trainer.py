@@ -2,8 +2,7 @@
 
 A task's loss at step i depends on i alone: its data, noise and times are drawn from seeds made of
 i, for the whole batch, of which every process takes its part. So several processes follow one
-process's losses, and a run that was killed goes on exactly as it would have (but with fp16, whose
-scale of the loss begins anew).
+process's losses, and a run that was killed goes on exactly as it would have.
 """
 
 import contextlib
@@ -68,6 +67,7 @@ class Run:
             fused=True,
         )
         self.model, self.optimizer = self.accelerator.prepare(task, optimizer)
+        self.scaler = self.accelerator.scaler  # of losses in fp16
         self.trained = {n: p for n, p in task.named_parameters() if p.requires_grad}
         self.average = Average(self.trained, recipe.average)
         self.parts = recipe.shares(self.accelerator.process_index, self.accelerator.num_processes)
@@ -85,6 +85,8 @@ class Run:
                     parameter.copy_(state["trained"][name])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average.load_state_dict(state["average"])
+            if self.scaler is not None:
+                self.scaler.load_state_dict(state["scaler"])
             self.step = state["step"]
         except (AttributeError, KeyError, TypeError, ValueError):
             raise Refusal(
@@ -103,6 +105,7 @@ class Run:
                 "trained": {name: p.detach() for name, p in self.trained.items()},
                 "optimizer": self.optimizer.state_dict(),
                 "average": self.average.state_dict(),
+                "scaler": self.scaler and self.scaler.state_dict(),
                 "step": self.step,
             }
             records.save(state, self.path)
@@ -132,10 +135,8 @@ class Run:
         values = self.accelerator.gather(losses.values)
         loss = values.double().mean().item()
         self.check("loss", loss)
-        norm = float(
-            self.accelerator.clip_grad_norm_(list(self.trained.values()), self.recipe.clip)
-        )
-        if self.accelerator.scaler is None:  # which lowers its scale, and leaves the step out
+        norm = float(self.accelerator.clip_grad_norm_([*self.trained.values()], self.recipe.clip))
+        if self.scaler is None or self.scaler.get_scale() < 1:  # else it scales less, and goes on
             self.check("gradient's norm", norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -3,11 +3,35 @@
 import argparse
 import math
 
+from sd3min.checkpoint import usable_device
 from sd3min.config import Refusal
+from sd3min.densities import CosMap, Density, LogitNormal, Mode, Uniform
 from sd3min.training import objective
 from sd3min.training.commands import precision
 from sd3min.training.finetune import Tuning
 from sd3min.training.recipe import Recipe
+
+DENSITIES = ("logit-normal", "mode", "cosmap", "uniform")
+
+
+def chosen_density(arguments: argparse.Namespace) -> Density:
+    """The density of times that the options name, before they are shifted (§3.1)."""
+    found: dict[str, Density] = {
+        "logit-normal": LogitNormal(arguments.logit_mean, arguments.logit_std),
+        "mode": Mode(arguments.mode_scale),
+        "cosmap": CosMap(),
+        "uniform": Uniform(),
+    }
+    if arguments.density not in found:
+        raise Refusal(f"density {arguments.density} is not one of {', '.join(found)}")
+    return found[arguments.density]
+
+
+def chosen_shift(arguments: argparse.Namespace, own: float) -> float:
+    """The shift of the times: the weights' own where none is asked for, but none for kohya's."""
+    if arguments.shift is not None:
+        return arguments.shift
+    return 1.0 if arguments.objective == "kohya" else own
 
 
 def chosen_objective(arguments: argparse.Namespace, shift: float) -> objective.Objective:
@@ -18,8 +42,9 @@ def chosen_objective(arguments: argparse.Namespace, shift: float) -> objective.O
     if name == "paper":
         if arguments.weighting_scheme:
             raise Refusal("--weighting_scheme is diffusers' or kohya's: pass --objective too")
-        density = objective.LogitNormal(arguments.logit_mean, arguments.logit_std)
-        return objective.paper(density, shift)
+        return objective.paper(chosen_density(arguments), shift)
+    if arguments.density != DENSITIES[0]:
+        raise Refusal("--density is of the paper's objective: pass --weighting_scheme instead")
     scheme = arguments.weighting_scheme or ("logit_normal" if name == "diffusers" else "uniform")
     density = arguments.logit_mean, arguments.logit_std, arguments.mode_scale
     if name == "kohya":
@@ -77,4 +102,9 @@ def check(arguments: argparse.Namespace) -> None:
         raise Refusal(f"a prior weight of {arguments.prior_weight} is not a number of 0 or more")
     if arguments.full and arguments.dtype not in (None, "float32"):
         raise Refusal("the whole network is trained in float32: leave --dtype out with --full")
-    chosen_tuning(arguments, 1.0 if arguments.shift is None else arguments.shift)
+    if arguments.device not in (None, "cpu", "cuda"):
+        raise Refusal(
+            f"a run is on cpu or cuda, not on {arguments.device}: CUDA_VISIBLE_DEVICES chooses GPUs"
+        )
+    usable_device(arguments.device)
+    chosen_tuning(arguments, chosen_shift(arguments, 1.0))

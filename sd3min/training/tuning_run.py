@@ -30,12 +30,12 @@ from sd3min.training.finetune import FineTuning, Material, Tuning, validate
 from sd3min.training.grid import grid
 from sd3min.training.recipe import PATIENCE
 from sd3min.training.trainer import Watch, fit
-from sd3min.training.tuning_options import check, chosen_tuning, recipe
+from sd3min.training.tuning_options import check, chosen_shift, chosen_tuning, recipe
 from sd3min.training.weights import save_parts
 
 REMEMBERED = 256  # prompts kept in memory, of 5 MB each for the official encoders
 DECISIVE = (  # options that another run in the same folder must not differ in
-    *("objective", "weighting_scheme", "logit_mean", "logit_std", "mode_scale"),
+    *("objective", "density", "weighting_scheme", "logit_mean", "logit_std", "mode_scale"),
     *("precondition_outputs", "full", "rank", "alpha", "targets", "train_clips", "dropout"),
     *("no_t5", "prior_weight", "rate", "schedule", "warmup", "clip", "average", "precision"),
     *("seed", "resolution", "dtype"),
@@ -115,7 +115,7 @@ class Bench:
         for bucket in buckets:
             refuse_beyond(self.pipe.config.largest_side, *bucket.size)
         self.remember(captions)
-        return Material(buckets, captions, weight)
+        return Material(buckets, captions, weight, [example.name for example in examples])
 
     def remember(self, prompts: Sequence[str]) -> None:
         """Put prompts into the cache, if that is where encoders' words come from."""
@@ -218,9 +218,8 @@ def run(arguments: argparse.Namespace) -> Path:
     course = recipe(arguments, state.num_processes, not on_cpu)
     examples = subject(arguments)
     records.make(arguments.out)
-    own = arguments.device in (None, "cuda")  # each process has a GPU of its own
-    bench = Bench.of(arguments, str(state.device) if own else arguments.device)
-    shift = bench.opened.defaults.shift if arguments.shift is None else arguments.shift
+    bench = Bench.of(arguments, str(state.device))  # each process has a GPU of its own
+    shift = chosen_shift(arguments, bench.opened.defaults.shift)
 
     with state.main_process_first():
         materials = [bench.material(examples)]

@@ -1,0 +1,72 @@
+"""The benchmark's arithmetic, tables and plots; what it measures is not asked for here."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[1] / "tools"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The functions of `tools/bench.py`."""
+    return runpy.run_path(str(TOOLS / "bench.py"))
+
+
+@pytest.fixture
+def results(bench):
+    """Figures of two sides, neither of them diffusers."""
+    rows = {
+        "step 512": {"stream": {"seconds": 3.0}, "fast": {"seconds": 2.0}, "operations": 4e12},
+        "decode 512": {"fast": {"seconds": 5.0}, "stream": {"seconds": 5.0}},
+    }
+    tokens = {
+        count: {s: {"seconds": 1e-3 * count} for s in ("plain", "fast")} for count in (64, 256)
+    }
+    scaling = {"depth": 2, "tokens": tokens}
+    scaling |= {side: bench["fit"]((64, 256), (0.4, 0.6)) for side in ("plain", "fast")}
+    return {"sides": ["stream", "fast"], "work": rows, "scaling": scaling}
+
+
+def test_operations_are_those_of_both_halves_of_guidance_in_every_block(bench):
+    tokens, width = 32 * 32 + 333, 1536
+    linear = 2 * tokens * width * 12 * width  # q k v, out, and the MLP's two of four widths
+    scores = 2 * 2 * tokens**2 * width
+    assert bench["operations"](512, 24) == 2 * 24 * (linear + scores)
+    assert bench["operations"](512, 24, batch=3) == 3 * bench["operations"](512, 24)
+
+
+def test_the_fit_finds_the_exponent_and_where_the_square_term_is_the_larger(bench):
+    tokens = (64, 256, 1024, 4096)
+    rows = [count + bench["TEXT"] for count in tokens]
+    found = bench["fit"](tokens, [2e-3 * n + 1e-6 * n**2 for n in rows])
+    assert found["attention takes over"] == pytest.approx(2000)
+    assert 1.0 < found["exponent"] < 2.0
+    assert bench["fit"](tokens, [1e-9 * n**1.5 for n in rows])["exponent"] == pytest.approx(1.5)
+
+
+def test_the_table_is_relative_to_the_first_side(bench, results):
+    head, _, step, decode = bench["table"](results).splitlines()
+    assert head == "|  | fast | stream, s | GFLOP/s, fast |"
+    assert step == "| step 512 | 1.50x | 3.00 | 2,000 |"
+    assert decode == "| decode 512 | 1.00x | 5.00 | – |"
+
+
+def test_the_plot_needs_no_peer(bench, results, tmp_path):
+    bench["draw"](results, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_peers_that_are_not_installed_are_left_out(bench, monkeypatch):
+    monkeypatch.setattr(bench["importlib"].util, "find_spec", lambda name: None)
+    assert bench["installed"](["diffusers", "plain", "OpenVINO", "fast"]) == ["plain", "fast"]
+
+
+@pytest.mark.slow
+def test_two_sides_are_timed_in_turns(bench):
+    row = bench["compare"](["plain", "fast"], ["step", {"size": 64}], 1, 2, 1)
+    assert row.keys() == {"plain", "fast"}
+    for figures in row.values():
+        low, high = figures["spread"]
+        assert 0 < low <= figures["seconds"] <= high and figures["resident"] > 1e8
