@@ -41,9 +41,16 @@ def test_speeds_are_the_measured_figures(figures):
 
 def test_the_cost_of_streaming_is_what_was_measured():
     work = json.loads((ROOT / "tools" / "bench_stream.json").read_text())["work"]
-    sides = work["step 512"]
-    ratio = sides["stream"]["seconds"] / sides["fast"]["seconds"]
-    assert f"a step takes {ratio:.2f} times as long" in README
+    small, large = (
+        f"{work[step]['stream']['seconds'] / work[step]['fast']['seconds']:.2f} times"
+        for step in ("step 512", "step 1024")
+    )
+    assert f"a step takes {small} as long, {large} at 1024x1024" in README
+
+
+def test_t5_in_eight_bits_is_what_was_measured(figures):
+    measured = json.loads((ROOT / "tools" / "bench_t5.json").read_text())
+    assert block("t5") == figures["bench_t5"].table(measured)
 
 
 def test_start_up_is_what_was_measured():

@@ -46,12 +46,12 @@ COURSE = {
     "rank": 4,
     "targets": "attn.qkv,attn.proj,mlp.fc1,mlp.fc2,self_attn.*",
 }
-SHOWN = (  # captions of the five pictures, with a thing of the class where the object is
+SHOWN = (  # captions of the five pictures, with a thing of the class in the place of the object
     "a cat on sky",
-    "a cat left of a tree on cream",
-    "a cat below a house on gray",
-    "a cat right of a red star on white",
-    "a cat right of a fish and above a carrot on navy",
+    "a tree right of a cat on cream",
+    "a house above a cat on gray",
+    "a cat right of a red star and above a carrot on white",
+    "a fish left of a pumpkin and above a cat on black",
 )
 
 

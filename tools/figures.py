@@ -19,6 +19,7 @@ import matplotlib
 matplotlib.use("agg")
 
 import bench
+import bench_t5
 import matplotlib.pyplot as plt
 import parity
 import reading_cost
@@ -234,6 +235,7 @@ def main() -> None:
         "ablation": ablation_table(figures),
         "cost": cost_table(),
         "speed": speed_table(json.loads(bench.RESULTS.read_text())),
+        "t5": bench_t5.table(json.loads(bench_t5.RESULTS.read_text())),
         "explain": explain_table(),
         "parity": parity.table().strip(),
     }
