@@ -38,9 +38,9 @@ BATCH = 20
 KEPT = 160  # pictures of what the model knows
 OF_CLASS = 4  # one in so many is of the five captions, and as many are others with the class
 COURSE = {
-    "steps": 1200,
+    "steps": 1500,
     "batch": 8,
-    "rate": 2e-3,
+    "rate": 1.5e-3,
     "schedule": "linear",
     "warmup": 10,
     "rank": 4,
