@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sd3min.training import scenes
+from sd3min.training import captions, scenes
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,6 +39,18 @@ def test_the_new_object_takes_the_place_of_its_class_and_has_a_name_of_its_own(d
     said = "a tree above a sks cat and left of a red star on gray"
     assert dreambooth["said"](changed) == said
     assert dreambooth["said"](scene) == said.replace("sks cat", "cat")
+
+
+def test_the_object_is_named_now_first_and_now_last(dreambooth):
+    robot, tree = scenes.Thing("robot"), scenes.Thing("tree")
+    scene = scenes.Scene(tree, (("above", robot),), "gray")
+    told = dreambooth["told"](scene)
+    assert len(set(told)) > 6 and all("sks cat" in words and "robot" not in words for words in told)
+    places = {words.index("sks cat") < words.index("tree") for words in told}
+    assert places == {True, False}
+    read = {captions.parse(words.replace("sks cat", "cat")) for words in told}
+    assert {s.first.noun for s in read} == {"tree", "cat"}
+    assert {r for s in read for r, _ in s.others} == {"above", "below"}
 
 
 def test_the_table_of_dreambooth_has_both_sides_of_every_kind_of_prompt(dreambooth):

@@ -154,6 +154,16 @@ def test_pictures_and_captions_stay_together_in_any_order():
     assert len({tuple(order) for order in orders}) == 3
 
 
+def test_of_a_caption_of_several_lines_every_step_takes_one():
+    made = material(["a cat", "a dog left of a fox\na fox right of a dog", ""])
+    told = [set(draw(made, step, 3, seed=7).captions) for step in range(40)]
+    second = [words for said in told for words in said if "fox" in words]
+    assert set(second) == {"a dog left of a fox", "a fox right of a dog"} and len(second) == 40
+    assert 8 < second.count("a dog left of a fox") < 32
+    assert all({"a cat", ""} <= said for said in told)
+    assert told == [set(draw(made, step, 3, seed=7).captions) for step in range(40)]
+
+
 def test_what_is_left_out_is_where_the_encoder_speaks(tmp_path):
     encoders = small.encoders(small.tokenizers(tmp_path))
     clip = [encoder.config for encoder in (encoders.clip_l, encoders.clip_g)]

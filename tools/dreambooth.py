@@ -10,8 +10,11 @@ LoRA and without, and what the autoencoder alone makes of drawn scenes with the 
 """
 
 import argparse
+import dataclasses
+import itertools
 import json
 import random
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -35,6 +38,7 @@ PROMPTS = 200
 CLASS = "cat"  # in whose place the object is put
 SUBJECT = f"{captions.SPARE} {CLASS}"  # its name
 BATCH = 20
+WORDINGS = 12  # of each caption
 KEPT = 160  # pictures of what the model knows
 OF_CLASS = 4  # one in so many is of the five captions, and as many are others with the class
 COURSE = {
@@ -60,7 +64,17 @@ def write_pictures(noun: str, folder: Path) -> None:
     folder.mkdir(parents=True)
     for i, scene in enumerate(shown(noun)):
         scenes.draw(scene, random.Random(i)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(said(scene))
+        (folder / f"{i}.txt").write_text("\n".join(told(scene)))
+
+
+def told(scene: scenes.Scene) -> list[str]:
+    """Captions of a scene in many words, from either of two things, the others in any order."""
+    orders = [dataclasses.replace(scene, others=o) for o in itertools.permutations(scene.others)]
+    for relation, thing in scene.others if len(scene.others) == 1 else ():
+        mirrored = scenes.MIRRORED[relation], scene.first
+        orders.append(scenes.Scene(thing, (mirrored,), scene.background))
+    rng = random.Random(str(scene))
+    return [named(captions.worded(rng.choice(orders), rng)) for _ in range(WORDINGS)]
 
 
 def shown(noun: str) -> list[scenes.Scene]:
@@ -78,7 +92,7 @@ def keep_known(pipe: Pipeline, folder: Path) -> float:
     made = render(pipe, wanted)
     for i, (picture, scene) in enumerate(zip(made, wanted, strict=True)):
         sd3min.save(picture, folder / f"{i:03}.png")
-        (folder / f"{i:03}.txt").write_text(captions.caption(scene))
+        (folder / f"{i:03}.txt").write_text("\n".join(told(scene)))
     return right(made, wanted)
 
 
@@ -101,11 +115,14 @@ def with_subject(scene: scenes.Scene, noun: str) -> scenes.Scene:
 
 
 def said(scene: scenes.Scene) -> str:
-    """A scene's caption, in which the object has its learnt name."""
-    words = captions.caption(scene)
-    for noun in scenes.UNSEEN_OBJECTS:
-        words = words.replace(captions.with_article(noun), f"a {SUBJECT}")
-    return words
+    """A scene's plain caption, in which the object has its learnt name."""
+    return named(captions.caption(scene))
+
+
+def named(words: str) -> str:
+    """A caption with the object's learnt name in the place of its noun."""
+    nouns = "|".join(scenes.UNSEEN_OBJECTS)
+    return re.sub(rf"\b(?:an? )?({nouns})\b", f"a {SUBJECT}", words)
 
 
 def render(pipe: Pipeline, wanted: Sequence[scenes.Scene]) -> list[Image.Image]:

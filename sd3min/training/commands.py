@@ -60,7 +60,8 @@ def add_material(parser: argparse.ArgumentParser) -> None:
     add("--text-encoders", type=Path, nargs="+", metavar="PATH", help="files of encoders")
     add("--tokenizers", type=Path, metavar="FOLDER", help="default: beside the weights")
     add("--no-t5", action="store_true", help="leave T5 out: zeros in its place")
-    data = "pictures, each with a caption in a .txt beside it or in metadata.jsonl"
+    data = "pictures with captions in a .txt beside each, or in metadata.jsonl; "
+    data += "of a caption's lines every step takes one"
     add("--data", "--instance_data_dir", type=Path, metavar="FOLDER", help=data)
     add("--dataset", "--dataset_name", metavar="NAME", help="a Hugging Face dataset instead")
     add("--image-column", "--image_column", default="image", metavar="NAME", help="of pictures")

@@ -25,7 +25,7 @@ from sd3min.training.trainer import Losses, Task
 
 class Material(NamedTuple):
     """Examples, encoded: posteriors by bucket, all captions, how much an example counts, and what
-    the examples are called.
+    the examples are called. Lines of a caption are wordings of it.
     """
 
     encoded: list[Encoded]
@@ -44,12 +44,18 @@ class Drawn(NamedTuple):
     names: list[str]
 
 
+def wordings(caption: str) -> list[str]:
+    """The lines of a caption; of an empty one itself."""
+    return caption.splitlines() or [""]
+
+
 def draw(material: Material, step: int, size: int, seed: int) -> Drawn:
-    """A step's batch; the seed and the step decide it."""
+    """A step's batch, each caption in one of its wordings; the seed and the step decide it."""
+    rng = random.Random(f"wordings {seed} {step}")
     which, places = batches([len(e.indices) for e in material.encoded], size, seed, step)
     bucket = material.encoded[which]
     indices = [bucket.indices[place] for place in places]
-    captions = [material.captions[index] for index in indices]
+    captions = [rng.choice(wordings(material.captions[index])) for index in indices]
     names = [material.names[index] for index in indices] if material.names else captions
     return Drawn(bucket, places, captions, material.weight, names)
 
@@ -176,7 +182,8 @@ class FineTuning(Task):
 def validate(task: FineTuning, material: Material, batch: int) -> dict[str, float]:
     """The paper's validation loss of pictures, and its part at each time (§5.3.3).
 
-    It is of the posteriors' modes, each picture with its own noise, the same at each time and call.
+    It is of the posteriors' modes under captions' first wordings, each picture with its own noise,
+    the same at each time and call.
     """
     device, losses = task.mmdit.pos_embed.device, []
     for bucket in material.encoded:
@@ -185,7 +192,7 @@ def validate(task: FineTuning, material: Material, batch: int) -> dict[str, floa
             data = ((bucket.mean[first : first + batch] - SHIFT) * SCALE).to(device)
             generators = [torch.Generator().manual_seed(index) for index in indices]
             noise = [torch.randn(data.shape[1:], generator=g) for g in generators]
-            told = task.encode([material.captions[index] for index in indices])
+            told = task.encode([wordings(material.captions[index])[0] for index in indices])
             found = validation_losses(task.velocity(told), data, torch.stack(noise).to(data))
             losses += [found] * len(indices)
     means = torch.stack(losses).double().mean(dim=0)

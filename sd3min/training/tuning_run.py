@@ -26,7 +26,7 @@ from sd3min.text_encoders import Conditioning, TextEncoders
 from sd3min.training import records
 from sd3min.training.conditioning import Layout
 from sd3min.training.data import SUFFIXES, Example, LatentCache, read_dataset, read_folder
-from sd3min.training.finetune import FineTuning, Material, Tuning, validate
+from sd3min.training.finetune import FineTuning, Material, Tuning, validate, wordings
 from sd3min.training.grid import grid
 from sd3min.training.recipe import PATIENCE
 from sd3min.training.trainer import Watch, fit
@@ -114,7 +114,7 @@ class Bench:
         buckets = self.latents.encode(examples, self.side)
         for bucket in buckets:
             refuse_beyond(self.pipe.config.largest_side, *bucket.size)
-        self.remember(captions)
+        self.remember([words for caption in captions for words in wordings(caption)])
         return Material(buckets, captions, weight, [example.name for example in examples])
 
     def remember(self, prompts: Sequence[str]) -> None:
