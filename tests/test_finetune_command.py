@@ -266,29 +266,13 @@ def test_a_dataset_and_tensorboard_by_the_command(place, tmp_path, capsys):
     rows = {"shown": pictures, "said": [f"a cat {i}" for i in range(5)]}
     table = datasets.Dataset.from_dict(rows).cast_column("shown", datasets.Image())
     table.save_to_disk(tmp_path / "rows")
-    options = ["--weights", place / "model" / "model.safetensors", "--dataset", tmp_path / "rows"]
-    options += ["--image-column", "shown", "--caption-column", "said", "--report_to", "tensorboard"]
-    options += [
-        "--out",
-        tmp_path / "out",
-        "--steps",
-        "2",
-        "--precision",
-        "no",
-        "--resolution",
-        "32",
-    ]
-    options += [
-        "--sample",
-        "a cat",
-        "--sample",
-        "a dog",
-        "--sample",
-        "a fox",
-        "--sample-every",
-        "2",
-    ]
-    assert cli.main(["finetune", *map(str, options)]) == 0, capsys.readouterr().err
+    given = (
+        f"--weights {place}/model/model.safetensors --dataset {tmp_path}/rows --out {tmp_path}/out"
+    )
+    given += " --image-column shown --caption-column said --report_to tensorboard --sample-every 2"
+    given += " --steps 2 --precision no --resolution 32"
+    options = [*given.split(), "--sample", "a cat", "--sample", "a dog", "--sample", "a fox"]
+    assert cli.main(["finetune", *options]) == 0, capsys.readouterr().err
     assert list((tmp_path / "out" / "tensorboard").glob("events.*"))
     width, height = Image.open(tmp_path / "out" / "sample-000002.png").size
     assert width >= 2 * 32 and height >= 32 and width * height >= 3 * 32 * 32

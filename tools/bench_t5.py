@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_loading import private_bytes
 from safetensors.torch import save_file
 
 from sd3min import text_encoders
@@ -52,25 +53,19 @@ def write(folder: Path, layers: int) -> None:
     save_file(halves | eight, folder / "fp8.safetensors")
 
 
-def own_memory() -> int:
-    """Bytes of this process that are of no file."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
-
-
 @torch.no_grad()
 def serve(folder: Path, way: str) -> None:
     """Load T5 in a way and say its bytes; for every line that comes, encode and say seconds; at the
     end say the error.
     """
-    before = own_memory()
+    before = private_bytes()
     file = "fp8" if way == "fp8" else "float16"
     part = Checkpoint.open(folder / f"{file}.safetensors").parts["t5"]
     dtype = torch.float32 if way == "float32" else torch.bfloat16
     model: Any = load_t5(part, dtype, CPU, way) if way in KINDS else part.load(dtype, CPU)
     ids = torch.arange(TOKENS)[None]
     context = model(ids).last_hidden_state
-    print(own_memory() - before, flush=True)
+    print(private_bytes() - before, flush=True)
     for _ in sys.stdin:
         began = time.perf_counter()
         model(ids)

@@ -70,7 +70,8 @@ def write_pictures(noun: str, folder: Path) -> None:
 def told(scene: scenes.Scene) -> list[str]:
     """Captions of a scene in many words, from either of two things, the others in any order."""
     orders = [dataclasses.replace(scene, others=o) for o in itertools.permutations(scene.others)]
-    for relation, thing in scene.others if len(scene.others) == 1 else ():
+    if len(scene.others) == 1:
+        ((relation, thing),) = scene.others
         mirrored = scenes.MIRRORED[relation], scene.first
         orders.append(scenes.Scene(thing, (mirrored,), scene.background))
     rng = random.Random(str(scene))

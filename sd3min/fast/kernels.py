@@ -80,9 +80,11 @@ def attention(qkv: Float[Tensor, "b n d3"], repeats: int = 1) -> Tokens:
     """
     if native.serves(qkv):
         return joint_attention(qkv[:, :0], qkv, repeats)[1]
-    more = qkv[:, -1:].expand(-1, repeats - 1, -1)  # ln m as a mask would be rounded in bfloat16
-    _, k, v = split_heads(torch.cat([qkv, more], dim=1))
-    mixed = F.scaled_dot_product_attention(split_heads(qkv)[0], k, v)
+    q, k, v = split_heads(qkv)
+    if repeats > 1:  # ln m as a mask would be rounded in bfloat16
+        more = qkv[:, -1:].expand(-1, repeats - 1, -1)
+        _, k, v = split_heads(torch.cat([qkv, more], dim=1))
+    mixed = F.scaled_dot_product_attention(q, k, v)
     return rearrange(mixed, "b a n e -> b n (a e)")
 
 

@@ -16,6 +16,8 @@ from sd3min.training.objective import SCHEMES
 from sd3min.training.peer_options import add_peer_options
 from sd3min.training.recipe import PRECISIONS
 
+DENSITY = "logit-normal"  # of times, where none is asked for
+
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     """The options of `sd3min train`."""
@@ -94,7 +96,7 @@ def add_tuning(parser: argparse.ArgumentParser) -> None:
     scheme = f"diffusers' objective under one of {', '.join(SCHEMES)}"
     add("--weighting_scheme", metavar="NAME", help=scheme)
     density = "times of the paper's objective: logit-normal, mode, cosmap or uniform"
-    add("--density", default="logit-normal", metavar="NAME", help=density)
+    add("--density", default=DENSITY, metavar="NAME", help=density)
     add("--logit_mean", type=options.number, default=0.0, help="of the density of times")
     add("--logit_std", type=options.number, default=1.0, help="of the density of times")
     add("--mode_scale", type=options.number, default=1.29, help="of the density of times")

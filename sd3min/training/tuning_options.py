@@ -7,17 +7,15 @@ from sd3min.checkpoint import usable_device
 from sd3min.config import Refusal
 from sd3min.densities import CosMap, Density, LogitNormal, Mode, Uniform
 from sd3min.training import objective
-from sd3min.training.commands import precision
+from sd3min.training.commands import DENSITY, precision
 from sd3min.training.finetune import Tuning
 from sd3min.training.recipe import Recipe
-
-DENSITIES = ("logit-normal", "mode", "cosmap", "uniform")
 
 
 def chosen_density(arguments: argparse.Namespace) -> Density:
     """The density of times that the options name, before they are shifted (§3.1)."""
     found: dict[str, Density] = {
-        "logit-normal": LogitNormal(arguments.logit_mean, arguments.logit_std),
+        DENSITY: LogitNormal(arguments.logit_mean, arguments.logit_std),
         "mode": Mode(arguments.mode_scale),
         "cosmap": CosMap(),
         "uniform": Uniform(),
@@ -43,7 +41,7 @@ def chosen_objective(arguments: argparse.Namespace, shift: float) -> objective.O
         if arguments.weighting_scheme:
             raise Refusal("--weighting_scheme is diffusers' or kohya's: pass --objective too")
         return objective.paper(chosen_density(arguments), shift)
-    if arguments.density != DENSITIES[0]:
+    if arguments.density != DENSITY:
         raise Refusal("--density is of the paper's objective: pass --weighting_scheme instead")
     scheme = arguments.weighting_scheme or ("logit_normal" if name == "diffusers" else "uniform")
     density = arguments.logit_mean, arguments.logit_std, arguments.mode_scale
