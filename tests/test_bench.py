@@ -64,8 +64,9 @@ def test_peers_that_are_not_installed_are_left_out(bench, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_sides_are_timed_in_turns(bench):
-    row = bench["compare"](["plain", "fast"], ["step", {"size": 64}], 1, 2, 1)
+@pytest.mark.parametrize("work", [["step", {"size": 64}], ["run", {"size": 64, "steps": 2}]])
+def test_two_sides_are_timed_in_turns(bench, work):
+    row = bench["compare"](["plain", "fast"], work, 1, 2, 1)
     assert row.keys() == {"plain", "fast"}
     for figures in row.values():
         low, high = figures["spread"]

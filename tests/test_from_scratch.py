@@ -147,6 +147,29 @@ def test_a_step_of_the_flow_reaches_every_weight_but_t5s(tmp_path):
     assert not [n for n, grad in learning.items() if grad is None or grad.abs().max() == 0]
 
 
+def test_the_validation_loss_is_of_the_same_pictures_noise_and_times_at_every_call(tmp_path):
+    encoders, autoencoder = encoders_of(tmp_path), small.autoencoder()
+    latents = text_to_image.Latents(autoencoder, 8, tmp_path, chunk=4)
+    task = text_to_image.TextToImage(small.mmdit(), encoders, latents, 4, 3.0)
+    validation = text_to_image.Validation(autoencoder, 3)
+    velocity, asked = validation.noise - validation.data, []
+    told = encoders.encode(validation.captions)
+
+    def perfect(z, times, context, pooled):
+        t = (times / 1000).view(-1, 1, 1, 1)
+        assert torch.allclose(z, (1 - t) * validation.data + t * validation.noise, atol=1e-5)
+        assert torch.equal(context, told.context) and torch.equal(pooled, told.pooled)
+        asked.append(times[0].item())
+        return velocity
+
+    task.compiled = perfect
+    found = validation(task)
+    assert set(found.values()) == {0.0} and asked == [1000 * (i + 0.5) / 8 for i in range(8)]
+    task.compiled = lambda z, times, context, pooled: torch.zeros_like(z)
+    assert validation(task)["validation_t0.9375"] == pytest.approx(velocity.square().mean().item())
+    assert validation(task) == validation(task)
+
+
 @pytest.mark.slow
 def test_a_short_reading_lesson_is_learnt_and_holds_for_relations_never_read(tmp_path):
     torch.manual_seed(0)

@@ -258,6 +258,67 @@ def test_a_lora_in_float16_computes_in_the_models_longer_type(mmdit):
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
+# the rows of words
+
+TABLE = "text_model.embeddings.token_embedding"
+
+
+@pytest.fixture
+def clip(tmp_path):
+    return small.pipeline(tmp_path).text_encoders.clip_l.double()
+
+
+def test_a_word_begins_as_the_mean_of_others_and_its_difference_alone_learns(clip):
+    table = clip.get_submodule(TABLE).weight.detach().clone()
+    before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
+    made = lora.add_words({"clip_l": clip}, {"clip_l": [lora.Word(7, [2, 5])]}, faster=4.0)
+    made.requires_grad_(True)
+    ((layer, change),) = made
+    change.up.requires_grad_(False)
+    assert layer.name == TABLE and change.rows == slice(7, 8) and change.factor == 1
+    look = clip.get_input_embeddings()
+    rows = look(torch.tensor([[7, 2, 6], [8, 7, 0]]))
+    learnt = table[[2, 5]].mean(dim=0)
+    expected = torch.stack([learnt, table[2], table[6], table[8], learnt, table[0]])
+    torch.testing.assert_close(rows.flatten(0, 1), expected, rtol=0, atol=1e-12)
+    rows.sum().backward()
+    torch.testing.assert_close(change.down.grad, torch.full_like(change.down, 2 * 4.0))
+    lora.merge({"clip_l": clip})
+    torch.testing.assert_close(look(torch.tensor([7]))[0], learnt, rtol=0, atol=1e-12)
+    lora.detach({"clip_l": clip}, made)
+    assert type(clip.get_input_embeddings()) is nn.Embedding
+    assert all(torch.equal(clip.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_a_word_that_is_like_none_begins_as_it_is(clip):
+    ids = torch.arange(9)[None]
+    before = clip.get_input_embeddings()(ids)
+    lora.add_words({"clip_l": clip}, {"clip_l": [lora.Word(3, [])]})
+    assert torch.equal(clip.get_input_embeddings()(ids), before)
+
+
+def test_words_with_scales_come_back_from_the_file_and_change_no_other_row(whole, tmp_path):
+    pipe = sd3min.load(whole)
+    parts, path = modules(pipe), tmp_path / "words.safetensors"
+    table = pipe.text_encoders.clip_g.get_submodule(TABLE).weight.detach().clone()
+    made = lora.add_words(parts, {"clip_g": [lora.Word(4, [1]), lora.Word(9, [2, 3])]}, 6.0)
+    lora.save(made.set_scale(0.5), path)
+    assert set(load_file(path)) == {
+        f"text_encoder_2.{TABLE}.lora_embedding_{side}" for side in "AB"
+    }
+    merged = sd3min.load(whole, lora=[(path, 3.0)]).text_encoders.clip_g.get_submodule(TABLE).weight
+    expected = table.clone()
+    expected[4] += 1.5 * (table[1] - table[4])
+    expected[9] += 1.5 * (table[[2, 3]].mean(dim=0) - table[9])
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-6)
+    others = [i for i in range(len(table)) if i not in (4, 9)]
+    assert torch.equal(merged[others], table[others])
+    ((_, change),) = lora.read(path, parts)
+    assert change.rows == slice(4, 10)
+    with pytest.raises(Refusal, match="rows of words, which kohya cannot say"):
+        lora.save(made, tmp_path / "kohya.safetensors", "kohya")
+
+
 # files
 
 
@@ -400,6 +461,25 @@ FAULTS = {
             }
         ),
         [OTHER_TO_Q, TO_Q, " for the same place"],
+    ),
+    "a table of other tokens": (
+        lambda t: t.update(
+            {
+                f"text_encoder.{TABLE}.lora_embedding_A": torch.ones(1, 50),
+                f"text_encoder.{TABLE}.lora_embedding_B": torch.ones(64, 1),
+            }
+        ),
+        [f"has text_encoder.{TABLE}.lora_embedding_A of shape [50, 1] for a layer of"],
+    ),
+    "lengths of a table": (
+        lambda t: t.update(
+            {
+                f"text_encoder.{TABLE}.lora_embedding_A": torch.ones(1, 716),
+                f"text_encoder.{TABLE}.lora_embedding_B": torch.ones(64, 1),
+                f"text_encoder.{TABLE}.lora_magnitude_vector": torch.ones(716),
+            }
+        ),
+        [f"has text_encoder.{TABLE}.lora_magnitude_vector of shape [716] for a layer of"],
     ),
     "several faults": (
         lambda t: (t.pop(f"{TO_Q}.lora_A.weight"), t.update({"why": torch.ones(1)})),

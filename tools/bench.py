@@ -49,6 +49,7 @@ WORK = {
 }
 SMALL = {"step 256": ["step", {"size": 256}]}  # for who is slow, if asked for
 TOKENS = (64, 256, 1024, 2304, 4096, 9216, 16384)  # of the image, for cost against work
+STEPS = (1, 2, 4, 8, 16, 28)
 
 
 class Process:
@@ -167,15 +168,18 @@ def fit(tokens: Sequence[int], seconds: Sequence[float]) -> dict[str, float]:
 
 
 def scaling(depth: int, rounds: int, threads: int) -> dict[str, Any]:
-    """Seconds of a step against image tokens and against pictures at a time, plain and fast."""
+    """Seconds against image tokens, pictures at a time and steps, plain and fast."""
     sides = ["plain", "fast"]
-    found: dict[str, Any] = {"depth": depth, "tokens": {}, "pictures": {}}
+    found: dict[str, Any] = {"depth": depth, "tokens": {}, "pictures": {}, "steps": {}}
     for count in TOKENS:
         work = ["step", {"size": 16 * round(count**0.5)}]
         found["tokens"][count] = compare(sides, work, depth, rounds, threads)
     for batch in (1, 2, 4, 8):
         work = ["step", {"size": 256, "batch": batch}]
         found["pictures"][batch] = compare(sides, work, depth, rounds, threads)
+    for steps in STEPS:
+        work = ["run", {"size": 256, "steps": steps}]
+        found["steps"][steps] = compare(sides, work, depth, rounds, threads)
     for side in sides:
         found[side] = fit(TOKENS, [row[side]["seconds"] for row in found["tokens"].values()])
     return found

@@ -115,6 +115,16 @@ class Side(ABC):
     def decode(self, size: int) -> Work:
         """The decoding of a picture."""
 
+    def run(self, size: int, steps: int) -> Work:
+        """All steps of a guided picture, with what is done once before them."""
+        step = self.step(size)
+
+        def work() -> None:
+            for _ in range(steps):
+                step()
+
+        return work
+
 
 class Plain(Side):
     """sd3min as it is read."""
@@ -156,6 +166,18 @@ class Fast(Side):
         latents, text = self.inputs(size, batch, zeros)
         run = self.network().prepare(text, torch.tensor([1000.0, 700.0]))
         return lambda: run(latents, 1)
+
+    def run(self, size: int, steps: int) -> Work:
+        """As above; modulation and text are made for all steps at once."""
+        latents, text = self.inputs(size, 1, zeros=False)
+        network, times = self.network(), torch.linspace(1000, 1000 / steps, steps)
+
+        def work() -> None:
+            run = network.prepare(text, times)
+            for i in range(steps):
+                run(latents, i)
+
+        return work
 
     def network(self) -> FastMMDiT:
         """The network for runs."""

@@ -2,11 +2,13 @@
 
     python tools/dreambooth.py --work FOLDER [--object robot] [--weights FILE] [--out FILE]
 
-Five pictures of one object that sd3-tiny was never shown, alone and beside things that it knows,
-are what `sd3min finetune` is given, and pictures that the model makes itself of what it knows, to
-be kept. Then 200 prompts put the object into relations with known objects, the same 200 have a
-known one in its place, and 200 others do without either; the detector judges all of them with the
-LoRA and without, and what the autoencoder alone makes of drawn scenes with the object.
+Five pictures of one object that sd3-tiny was never shown, in five places beside things that it
+knows, are what `sd3min finetune` is given, and pictures that the model makes itself of what it
+knows, to be kept. The object's name is a word without a meaning, which begins as the mean of what
+the model knows and is learnt beside the LoRA. Then 200 prompts put the object into relations with
+known objects, the same 200 have a known one in its place, and 200 others do without either; the
+detector judges all of them with the LoRA and without, and what the autoencoder alone makes of drawn
+scenes with the object.
 """
 
 import argparse
@@ -36,26 +38,29 @@ from sd3min.training.grid import grid
 FIGURES = Path(__file__).parents[1] / "weights" / "figures"
 PROMPTS = 200
 CLASS = "cat"  # in whose place the object is put
-SUBJECT = f"{captions.SPARE} {CLASS}"  # its name
+SUBJECT = captions.SPARE  # its name
 BATCH = 20
 WORDINGS = 12  # of each caption
-KEPT = 160  # pictures of what the model knows
+KEPT = 120  # pictures of what the model knows
 OF_CLASS = 4  # one in so many is of the five captions, and as many are others with the class
 COURSE = {
-    "steps": 1500,
+    "steps": 1300,
     "batch": 8,
     "rate": 1.5e-3,
+    "word": SUBJECT,
+    "word-like": " ".join(scenes.OBJECTS),
+    "word-rate": 2.25e-2,
     "schedule": "linear",
     "warmup": 10,
     "rank": 4,
     "targets": "attn.qkv,attn.proj,mlp.fc1,mlp.fc2,self_attn.*",
 }
 SHOWN = (  # captions of the five pictures, with a thing of the class in the place of the object
-    "a cat on sky",
+    "a cat left of a red star and above a carrot on white",
+    "a fish left of a cat and above a pumpkin on black",
+    "a house above a cat and left of a tree on gray",
+    "an owl right of a yellow circle and above a cat on navy",
     "a tree right of a cat on cream",
-    "a house above a cat on gray",
-    "a cat right of a red star and above a carrot on white",
-    "a fish left of a pumpkin and above a cat on black",
 )
 
 

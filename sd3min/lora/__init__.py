@@ -8,7 +8,17 @@ sd3min.load(lora=[("cat.safetensors", 0.8)])
 """
 
 from sd3min.lora.merging import LoRAs, merged
-from sd3min.lora.model import TARGETS, LoRA, add, attach, detach, merge, unmerge
+from sd3min.lora.model import (
+    TARGETS,
+    LoRA,
+    Word,
+    add,
+    add_words,
+    attach,
+    detach,
+    merge,
+    unmerge,
+)
 from sd3min.lora.reading import read
 from sd3min.lora.summary import is_lora, summary
 from sd3min.lora.writing import save
@@ -17,7 +27,9 @@ __all__ = [
     "TARGETS",
     "LoRA",
     "LoRAs",
+    "Word",
     "add",
+    "add_words",
     "attach",
     "detach",
     "is_lora",

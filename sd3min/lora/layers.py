@@ -3,7 +3,8 @@
     W' = W + s·(α/r)·B·A        A [r, inputs], B [rows, r]
 
 Queries, keys and values are rows of one layer here, so that a LoRA of one of them is a LoRA of
-some rows. A layer can carry several. DoRA (Liu et al. 2024, Eq. 5) then scales every row of W' to a
+some rows. A layer can carry several. In a table of tokens' rows, those are words that are learnt
+(textual inversion, Gal et al. 2022). DoRA (Liu et al. 2024, Eq. 5) then scales every row of W' to a
 length that is learnt.
 """
 
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
@@ -50,6 +51,14 @@ class LowRank(nn.Module):
         down, up = self.down.to(dtype), self.up.to(dtype)
         return F.linear(F.linear(x.to(dtype), down), up) * self.factor
 
+    def of_tokens(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... i"]:
+        """What is added to the rows of a table that ids pick: those of B·A, or none."""
+        own = (ids >= self.rows.start) & (ids < self.rows.stop)
+        dtype = torch.promote_types(self.up.dtype, self.down.dtype)
+        up, down = self.up.to(dtype), self.down.to(dtype)
+        picked = up[(ids - self.rows.start) * own] * own[..., None]
+        return (picked @ down) * self.factor
+
     def delta(self, weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
         """What is added to the rows of the weight; DoRA's scale s is inside of the norm, as PEFT
         has it, and the norm takes no gradient (§4.3 there).
@@ -75,15 +84,14 @@ def changed(weight: Tensor, changes: Iterable[LowRank]) -> Tensor:
     return made.view(weight.shape).to(weight.dtype)
 
 
-class LoRALinear(nn.Linear):
-    """A linear layer with changes beside it; its own weight and bias keep their names."""
+class Adapted(nn.Module):
+    """A layer with changes beside it; its own tensors keep their names."""
 
+    weight: Tensor
     kept: Tensor | None
 
-    def __init__(self, linear: nn.Linear):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+    def adopt(self) -> None:
+        """Begin without a change."""
         self.loras = nn.ModuleList()
         self.register_buffer("kept", None, persistent=False)
 
@@ -91,17 +99,6 @@ class LoRALinear(nn.Linear):
     def changes(self) -> list[LowRank]:
         """The changes in the order in which they came."""
         return [change for change in self.loras if isinstance(change, LowRank)]
-
-    def forward(self, input: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
-        """The layer's output and every change's; with DoRA, that of the changed weight."""
-        if any(change.magnitude is not None for change in self.changes) and self.kept is None:
-            return F.linear(input, changed(self.weight, self.changes), self.bias)
-        output = super().forward(input)
-        if self.kept is None:
-            for change in self.changes:
-                around = change.rows.start, self.out_features - change.rows.stop
-                output = output + F.pad(change(input).to(output.dtype), around)
-        return output
 
     def merge(self) -> None:
         """Put the changes into the weight, and keep it as it was."""
@@ -114,8 +111,55 @@ class LoRALinear(nn.Linear):
         if self.kept is not None:
             self.weight.data, self.kept = self.kept, None
 
+    def plain(self) -> nn.Module:
+        """The layer as it is, without what is beside it."""
+        raise NotImplementedError
+
+
+class LoRALinear(Adapted, nn.Linear):
+    """A linear layer with changes beside it."""
+
+    def __init__(self, linear: nn.Linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.adopt()
+
+    def forward(self, input: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
+        """The layer's output and every change's; with DoRA, that of the changed weight."""
+        if any(change.magnitude is not None for change in self.changes) and self.kept is None:
+            return F.linear(input, changed(self.weight, self.changes), self.bias)
+        output = super().forward(input)
+        if self.kept is None:
+            for change in self.changes:
+                around = change.rows.start, self.out_features - change.rows.stop
+                output = output + F.pad(change(input).to(output.dtype), around)
+        return output
+
     def plain(self) -> nn.Linear:
         """The layer as it is, without what is beside it."""
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return linear
+
+
+class LoRAEmbedding(Adapted, nn.Embedding):
+    """A table of tokens' rows with changes beside it."""
+
+    def __init__(self, table: nn.Embedding):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = table.num_embeddings, table.embedding_dim
+        self.weight = table.weight
+        self.adopt()
+
+    def forward(self, input: Int[Tensor, "..."]) -> Float[Tensor, "... o"]:
+        """The rows of ids, with every change's."""
+        output = F.embedding(input, self.weight)
+        if self.kept is None:
+            for change in self.changes:
+                output = output + change.of_tokens(input).to(output.dtype)
+        return output
+
+    def plain(self) -> nn.Embedding:
+        """The table as it is, without what is beside it."""
+        return nn.Embedding(self.num_embeddings, self.embedding_dim, _weight=self.weight)

@@ -3,12 +3,13 @@
 import fnmatch
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from sd3min.config import Refusal
-from sd3min.lora.layers import LoRALinear, LowRank
+from sd3min.lora.layers import Adapted, LoRAEmbedding, LoRALinear, LowRank
 from sd3min.lora.names import Layer, layers
 from sd3min.parts import TITLES, some
 
@@ -91,6 +92,34 @@ def add(
     return made.requires_grad_(True)
 
 
+class Word(NamedTuple):
+    """A word to be learnt: its id in a table of tokens, and those that it begins as the mean of."""
+
+    id: int
+    like: Sequence[int]
+
+
+def add_words(modules: Modules, words: Mapping[str, Sequence[Word]], faster: float = 1.0) -> LoRA:
+    """Put a change beside the rows of words in CLIPs' tables of tokens (textual inversion, Gal et
+    al. 2022), of which A alone is trained: the row's difference, over B.
+
+    `words` has them by part; they learn `faster` than a LoRA at the same rate, as much as B is.
+    """
+    made = []
+    for part, wanted in words.items():
+        layer = next(layer for layer in layers(part, shapes(modules[part])) if layer.table)
+        table = modules[part].get_parameter(f"{layer.name}.weight").detach()
+        table = table.to(torch.promote_types(table.dtype, torch.float32))
+        for word in wanted:
+            start = table[list(word.like)].mean(dim=0) - table[word.id] if word.like else 0.0
+            down, up = (torch.zeros_like(table[:1]) + start) / faster, table.new_ones(1, 1) * faster
+            made.append((layer, LowRank(down, up, 1.0, slice(word.id, word.id + 1))))
+    lora = attach(modules, LoRA(made))
+    for _, change in lora:
+        change.up.requires_grad_(False)
+    return lora
+
+
 def chosen(
     part: str, module: nn.Module, targets: Sequence[str] | None
 ) -> list[tuple[Layer, slice]]:
@@ -135,20 +164,23 @@ def attach(modules: Modules, lora: LoRA, scale: float = 1.0) -> LoRA:
     for layer in lora.layers:
         if layer.part not in modules:
             raise Refusal(f"the LoRA changes {TITLES[layer.part]}: pass it as {layer.part} too")
-        linear = modules[layer.part].get_submodule(layer.name)
-        if not isinstance(linear, nn.Linear):
+        module = modules[layer.part].get_submodule(layer.name)
+        if not isinstance(module, nn.Linear | nn.Embedding):
             raise Refusal(f"{layer.name} is a convolution: load the LoRA with the weights")
-        if isinstance(linear, LoRALinear) and linear.kept is not None:
+        if isinstance(module, Adapted) and module.kept is not None:
             raise Refusal(f"{layer.name} has LoRAs that are merged: unmerge them first")
-        if isinstance(linear, LoRALinear) and any(c in linear.changes for c in lora.changes):
+        if isinstance(module, Adapted) and any(c in module.changes for c in lora.changes):
             raise Refusal(f"{layer.name} has this LoRA already: detach it first, or read it again")
     for layer, change in lora:
-        linear = modules[layer.part].get_submodule(layer.name)
-        if isinstance(linear, nn.Linear) and not isinstance(linear, LoRALinear):
-            linear = LoRALinear(linear)
-            modules[layer.part].set_submodule(layer.name, linear)
-        assert isinstance(linear, LoRALinear)
-        linear.loras.append(change)
+        module = modules[layer.part].get_submodule(layer.name)
+        if not isinstance(module, Adapted):
+            if isinstance(module, nn.Embedding):
+                module = LoRAEmbedding(module)
+            else:
+                assert isinstance(module, nn.Linear)
+                module = LoRALinear(module)
+            modules[layer.part].set_submodule(layer.name, module)
+        module.loras.append(change)
     return lora
 
 
@@ -157,26 +189,26 @@ def detach(modules: Modules, lora: LoRA) -> None:
     unmerge(modules)
     gone = {id(change) for _, change in lora}
     for layer, _ in lora:
-        linear = modules[layer.part].get_submodule(layer.name)
-        if isinstance(linear, LoRALinear):
-            linear.loras = nn.ModuleList(c for c in linear.changes if id(c) not in gone)
-            if not linear.changes:
-                modules[layer.part].set_submodule(layer.name, linear.plain())
+        module = modules[layer.part].get_submodule(layer.name)
+        if isinstance(module, Adapted):
+            module.loras = nn.ModuleList(c for c in module.changes if id(c) not in gone)
+            if not module.changes:
+                modules[layer.part].set_submodule(layer.name, module.plain())
 
 
-def adapted(modules: Modules) -> list[LoRALinear]:
+def adapted(modules: Modules) -> list[Adapted]:
     """The layers that have LoRAs beside them."""
     found = [child for module in modules.values() for child in module.modules()]
-    return [child for child in found if isinstance(child, LoRALinear)]
+    return [child for child in found if isinstance(child, Adapted)]
 
 
 def merge(modules: Modules) -> None:
     """Put all LoRAs into the weights, which costs a copy of those."""
-    for linear in adapted(modules):
-        linear.merge()
+    for layer in adapted(modules):
+        layer.merge()
 
 
 def unmerge(modules: Modules) -> None:
     """Give the weights back as they were, bit for bit."""
-    for linear in adapted(modules):
-        linear.unmerge()
+    for layer in adapted(modules):
+        layer.unmerge()

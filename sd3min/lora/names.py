@@ -14,6 +14,7 @@ from torch import Tensor
 from sd3min.config import MMDiTConfig, Shapes, count
 from sd3min.formats import mmdit_rows
 
+TABLE = "token_embedding"  # of CLIP, the rows of its tokens
 EMBEDDINGS = ("embedding", "shared", "embed_tokens", "relative_attention_bias")
 ENCODERS = ("clip_l", "clip_g", "t5")
 
@@ -39,6 +40,11 @@ class Layer:
     back: Moved
 
     @property
+    def table(self) -> bool:
+        """Whether it has a row for each token, and no inputs."""
+        return self.name.endswith(TABLE)
+
+    @property
     def whole(self) -> slice:
         """All rows."""
         return slice(0, self.height)
@@ -51,7 +57,9 @@ class Layer:
 
 
 def layers(part: str, shapes: Shapes) -> list[Layer]:
-    """The layers of a part, told by the official names and shapes of its tensors."""
+    """The layers of a part, told by the official names and shapes of its tensors; of CLIP, the
+    table of tokens among them.
+    """
     sizes = {
         name.removesuffix(".weight"): shape
         for name, shape in shapes.items()
@@ -71,8 +79,9 @@ def layers(part: str, shapes: Shapes) -> list[Layer]:
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a tensor is a table of rows for tokens, and no layer."""
-    return name.split(".")[-2].endswith(EMBEDDINGS)
+    """Whether a tensor is a table of rows, for all but CLIP's tokens, and no layer."""
+    owner = name.split(".")[-2]
+    return owner.endswith(EMBEDDINGS) and owner != TABLE
 
 
 class Dialect(NamedTuple):
@@ -128,12 +137,17 @@ KINDS = {  # how the name of a tensor ends, and what it is of its layer
     ".lora.up.weight": "up",
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
+    ".lora_embedding_A": "up",
+    ".lora_embedding_B": "down",
+    ".lora_embedding_A.default": "up",
+    ".lora_embedding_B.default": "down",
     ".alpha": "alpha",
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
     ".lora_magnitude_vector.default.weight": "magnitude",
     ".dora_scale": "magnitude",
 }
+LYING = "lora_embedding_"  # in the names of tensors that lie on their side: B is A's transpose
 STRANGERS = {  # what a file is that holds such names
     "lokr_": "LoKr, which is not read",
     "hada_": "LoHa, which is not read",

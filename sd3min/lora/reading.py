@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from sd3min.config import Refusal, Shapes
 from sd3min.lora.layers import LowRank
 from sd3min.lora.model import LoRA, shapes
 from sd3min.lora.names import (
+    LYING,
     PEFT,
     STRANGERS,
     Place,
@@ -23,10 +24,10 @@ from sd3min.lora.names import (
     split,
 )
 from sd3min.parts import STORED_TYPES, TITLES, some
-from sd3min.stored import Stored, read_header
+from sd3min.stored import AnyStored, Joined, read_header
 
 ADAPTERS = "lora_adapter_metadata"  # in which diffusers keeps PEFT's settings of each part
-Stems = dict[str, dict[str, Stored]]  # by a layer's name, and by what a tensor is of it
+Stems = dict[str, dict[str, AnyStored]]  # by a layer's name, and by what a tensor is of it
 
 
 class Opened(NamedTuple):
@@ -51,8 +52,14 @@ def open_lora(path: str | Path) -> Opened:
         if not kind or kind in stems.get(stem, {}):
             unknown.append(tensor.name)
         else:
-            stems.setdefault(stem, {})[kind] = tensor
+            upright = Joined.of(tensor.name, [tensor], turned) if LYING in tensor.name else tensor
+            stems.setdefault(stem, {})[kind] = upright
     return Opened(path, stems, unknown, settings(path, metadata))
+
+
+def turned(tensor: Tensor) -> Tensor:
+    """A matrix on its other side."""
+    return tensor.transpose(0, -1)
 
 
 def settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -130,7 +137,7 @@ def found_faults(opened: Opened, stems: Stems, known: Mapping[str, Place]) -> li
     return [words for words, faults in found.items() if faults]
 
 
-def misfits(found: Mapping[str, Stored], place: Place) -> list[str]:
+def misfits(found: Mapping[str, AnyStored], place: Place) -> list[str]:
     """The tensors of a layer that have another shape than they should."""
     height, width = place.rows.stop - place.rows.start, place.layer.width
     rank = (found["down"].shape or [0])[0]
@@ -140,7 +147,8 @@ def misfits(found: Mapping[str, Stored], place: Place) -> list[str]:
         "up": found["up"].shape[:2] == [height, rank] and values["up"] == height * rank,
         "alpha": values.get("alpha") == 1,
         "magnitude": found.get("magnitude", found["up"]).shape
-        in ([height], [height, 1], [1, width], [1, height, 1, 1], [height, 1, 1, 1]),
+        in ([height], [height, 1], [1, width], [1, height, 1, 1], [height, 1, 1, 1])
+        and not (place.layer.table and "magnitude" in found),
     }
     words = f"for a layer of {width} to {height} values"
     return [f"{t.name} of shape {t.shape} {words}" for kind, t in found.items() if not fits[kind]]
@@ -156,7 +164,7 @@ def looks(opened: Opened) -> str:
     return f"looks like one of {dialect.title}, and " if dialect else ""
 
 
-def change(opened: Opened, stem: str, found: Mapping[str, Stored], place: Place) -> LowRank:
+def change(opened: Opened, stem: str, found: Mapping[str, AnyStored], place: Place) -> LowRank:
     """The change that a file has for a layer."""
     values = {kind: tensor.read() for kind, tensor in found.items()}
     down, up = values["down"].flatten(1), values["up"].flatten(1)
@@ -166,10 +174,15 @@ def change(opened: Opened, stem: str, found: Mapping[str, Stored], place: Place)
     if not place.dialect.official:
         up = layer.back(up)
         lengths = layer.back(lengths) if lengths is not None and len(lengths) > 1 else lengths
-    return LowRank(down, up, alpha_of(opened, stem, found), place.rows, lengths)
+    rows = place.rows
+    if layer.table:  # whose rows are zeros but for some words'
+        told = up.any(dim=1).nonzero().flatten().tolist() or [0]
+        rows = slice(told[0], told[-1] + 1)
+        up = up[rows]
+    return LowRank(down, up, alpha_of(opened, stem, found), rows, lengths)
 
 
-def alpha_of(opened: Opened, stem: str, found: Mapping[str, Stored]) -> float:
+def alpha_of(opened: Opened, stem: str, found: Mapping[str, AnyStored]) -> float:
     """A layer's alpha: its own, or that of PEFT's settings."""
     if "alpha" in found:
         return found["alpha"].read().item()

@@ -1,7 +1,7 @@
 """LoRA files, written as diffusers or kohya have them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -46,7 +46,13 @@ def diffusers_tensors(lora: LoRA) -> Written:
     """
     starts, tensors = DIFFUSERS.starts, dict[str, Tensor]()
     alphas: dict[str, dict[str, tuple[int, float]]] = {}
-    for layer, low_rank in lora:
+    for layer, low_rank in tables_joined(lora):
+        if layer.table:
+            table = f"{starts[layer.part]}{layer.name}.lora_embedding"
+            tensors |= {f"{table}_A": low_rank.up.T, f"{table}_B": low_rank.down.T}
+            own = alphas.setdefault(starts[layer.part], {})
+            own[layer.name] = (low_rank.rank, low_rank.scale * low_rank.alpha)
+            continue
         for name, up, lengths in named_pieces(layer, low_rank):
             stem = f"{starts[layer.part]}{name}"
             if f"{stem}.lora_A.weight" in tensors:
@@ -73,6 +79,17 @@ def diffusers_tensors(lora: LoRA) -> Written:
     return tensors, {ADAPTERS: json.dumps(settings, indent=2, sort_keys=True)}
 
 
+def tables_joined(lora: Iterable[tuple[Layer, LowRank]]) -> Iterator[tuple[Layer, LowRank]]:
+    """Layers with their changes, all of a table's as one."""
+    tables = dict[Layer, list[LowRank]]()
+    for layer, change in lora:
+        if layer.table:
+            tables.setdefault(layer, []).append(change)
+        else:
+            yield layer, change
+    yield from ((layer, joined(layer, changes)) for layer, changes in tables.items())
+
+
 def named_pieces(layer: Layer, low_rank: LowRank) -> list[tuple[str, Tensor, Tensor | None]]:
     """diffusers' names for the rows of a change, with B and DoRA's lengths of each; refused
     where it has no names."""
@@ -93,6 +110,8 @@ def kohya_tensors(lora: LoRA) -> Written:
     """Tensors by kohya's names, in which q, k and v are one layer."""
     groups = dict[Layer, list[LowRank]]()
     for layer, low_rank in lora:
+        if layer.table:
+            raise Refusal("the LoRA has rows of words, which kohya cannot say: save as diffusers")
         groups.setdefault(layer, []).append(low_rank)
     tensors = {}
     for layer, changes in groups.items():

@@ -30,6 +30,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", type=Path, dest="start", metavar="FILE", help=start)
     out = "folder of the weights, by whose name the file is called (default: FOLDER/sd3-tiny)"
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=out)
+    report = "tensorboard; metrics.jsonl is always there"
+    parser.add_argument("--report_to", choices=("tensorboard", "none"), help=report)
 
 
 def run_train(arguments: argparse.Namespace) -> None:
@@ -40,7 +42,8 @@ def run_train(arguments: argparse.Namespace) -> None:
     path = arguments.plan or Path(from_scratch.__file__).with_name("sd3-tiny.toml")
     plan = from_scratch.Plan.read(path)
     out = arguments.out or arguments.work / path.stem
-    say(from_scratch.train(plan, arguments.work, out, arguments.start))
+    tensorboard = arguments.report_to == "tensorboard"
+    say(from_scratch.train(plan, arguments.work, out, arguments.start, tensorboard))
 
 
 def add_finetune(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +93,12 @@ def add_tuning(parser: argparse.ArgumentParser) -> None:
     targets = "ends of names of layers, with *, and commas between (default: diffusers')"
     add("--targets", "--lora_layers", metavar="NAMES", help=targets)
     add("--train-clips", "--train_text_encoder", action="store_true", help="both CLIPs too")
+    word = "a token of the captions whose rows in the CLIPs' tables are learnt too, such as sks"
+    add("--word", type=options.text, metavar="TEXT", help=word)
+    like = "words, the mean of whose rows it begins as (default: as it is)"
+    add("--word-like", type=options.text, metavar="TEXT", help=like)
+    rate = "its rate (default: ten times --rate)"
+    add("--word-rate", type=options.number, metavar="RATE", help=rate)
     add("--dropout", type=options.number, default=0.0, help="how often an encoder is left out")
     objective = "whose objective: paper, diffusers or kohya (default: paper)"
     add("--objective", metavar="NAME", help=objective)

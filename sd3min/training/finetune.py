@@ -5,7 +5,7 @@ With pictures of a class beside those of one subject (DreamBooth's prior preserv
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,7 +19,13 @@ from sd3min.mmdit import MMDiT
 from sd3min.text_encoders import Conditioning
 from sd3min.training.conditioning import Layout, leave_out
 from sd3min.training.data import Encoded, batches
-from sd3min.training.objective import Objective, paper, validation_losses, velocity_errors
+from sd3min.training.objective import (
+    Objective,
+    paper,
+    validation_figures,
+    validation_losses,
+    velocity_errors,
+)
 from sd3min.training.trainer import Losses, Task
 
 
@@ -67,6 +73,8 @@ class Tuning:
     rank: int | None = 4  # of the LoRA; None changes the whole network
     alpha: float | None = None  # by default the rank
     targets: Sequence[str] | None = None  # ends of layers' names; by default diffusers'
+    words: Mapping[str, Sequence[lora.Word]] = field(default_factory=dict)  # learnt, by part
+    faster: float = 1.0  # than the LoRA they learn
     objective: Objective = field(default_factory=paper)
     dropout: float = 0.0  # how often each encoder is left out, each by itself
     gradient_checkpointing: bool = False  # less memory, for a third more time
@@ -81,7 +89,8 @@ class Tuning:
                 parts["clip_l"].get_submodule("text_projection").requires_grad_(False)
             return None
         generator = torch.Generator().manual_seed(self.seed)
-        return lora.add(parts, self.rank, self.alpha, self.targets, generator)
+        made = lora.add(parts, self.rank, self.alpha, self.targets, generator)
+        return lora.LoRA([*made, *lora.add_words(parts, self.words, self.faster)])
 
 
 def checkpointed(mmdit: MMDiT) -> None:
@@ -195,7 +204,4 @@ def validate(task: FineTuning, material: Material, batch: int) -> dict[str, floa
             told = task.encode([wordings(material.captions[index])[0] for index in indices])
             found = validation_losses(task.velocity(told), data, torch.stack(noise).to(data))
             losses += [found] * len(indices)
-    means = torch.stack(losses).double().mean(dim=0)
-    times = [(i + 0.5) / len(means) for i in range(len(means))]
-    by_time = {f"validation_t{t:g}": m for t, m in zip(times, means.tolist(), strict=True)}
-    return {"validation": means.mean().item()} | by_time
+    return validation_figures(torch.stack(losses).double().mean(dim=0))

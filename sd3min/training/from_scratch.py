@@ -35,14 +35,14 @@ from sd3min.training.weights import save_parts
 GRID = 32  # rows and columns of the table of positions, in patches
 
 
-def train_autoencoder(autoencoder: Autoencoder, plan: Plan, work: Path) -> None:
+def train_autoencoder(autoencoder: Autoencoder, plan: Plan, work: Path, tensorboard: bool) -> None:
     """Both halves together, then the latents' scale, then the decoder alone; narrow posteriors."""
     recipes = plan.recipes
     first = images.Reconstruction(autoencoder, recipes["reconstruction"].batch)
-    fit(first, recipes["reconstruction"], work / "reconstruction")
+    fit(first, recipes["reconstruction"], work / "reconstruction", tensorboard=tensorboard)
     images.normalise(autoencoder, images.batch("normalise", 256))
     second = images.Decoding(autoencoder, recipes["decoder"].batch)
-    fit(second, recipes["decoder"], work / "decoder")
+    fit(second, recipes["decoder"], work / "decoder", tensorboard=tensorboard)
     images.narrow(autoencoder)
 
 
@@ -108,7 +108,12 @@ def take_over(start: Path, work: Path, modules: dict[str, nn.Module]) -> None:
 
 
 def train_flow(
-    plan: Plan, work: Path, autoencoder: Autoencoder, mmdit: MMDiT, encoders: TextEncoders
+    plan: Plan,
+    work: Path,
+    autoencoder: Autoencoder,
+    mmdit: MMDiT,
+    encoders: TextEncoders,
+    tensorboard: bool,
 ) -> None:
     """MMDiT and both CLIPs together, on latents encoded once; the others stay as they are."""
     assert encoders.t5 is not None
@@ -118,15 +123,16 @@ def train_flow(
     with PartialState().main_process_first():
         latents = text_to_image.Latents(autoencoder, plan.pictures, work)
     task = text_to_image.TextToImage(mmdit, encoders, latents, recipe.batch, plan.training_shift)
+    validation = text_to_image.Validation(autoencoder)
 
     def look(step: int) -> dict[str, float]:
         pipe = Pipeline(mmdit, autoencoder, encoders, plan.defaults)
         pictures = pipe(plan.prompts, seed=0, progress=False)
         pipeline.save(grid(pictures), work / "flow" / f"{step:06}.png")
-        return {}
+        return validation(task)
 
     with sdpa_kernel(SDPBackend.MATH):  # the quickest for so few tokens
-        fit(task.eval(), recipe, work / "flow", [Watch(plan.look_every, look)])
+        fit(task.eval(), recipe, work / "flow", [Watch(plan.look_every, look)], tensorboard)
 
 
 def assemble(path: Path, plan: Plan, work: Path, modules: dict[str, nn.Module]) -> None:
@@ -139,11 +145,13 @@ def assemble(path: Path, plan: Plan, work: Path, modules: dict[str, nn.Module]) 
         save_parts(modules, part, torch.float16, settings)
 
 
-def train(plan: Plan, work: Path, out: Path, start: Path | None = None) -> Path:
+def train(
+    plan: Plan, work: Path, out: Path, start: Path | None = None, tensorboard: bool = False
+) -> Path:
     """Run the stages in order, with checkpoints in `work`; the weights go to the folder `out`.
 
     Weights to `start` from bring autoencoder and T5, which stay, and MMDiT and CLIPs, which learn
-    on.
+    on. Figures are in every stage's `metrics.jsonl`, and for `tensorboard` beside it.
     """
     state = PartialState(cpu=True, timeout=PATIENCE)
     records.make(work)
@@ -156,12 +164,13 @@ def train(plan: Plan, work: Path, out: Path, start: Path | None = None) -> Path:
     models = {name: getattr(encoders, name) for name in ("clip_l", "clip_g", "t5")}
     modules = {"mmdit": mmdit, "autoencoder": autoencoder, **models}
     if start is None:
-        train_autoencoder(autoencoder, plan, work)
+        train_autoencoder(autoencoder, plan, work, tensorboard)
         recipe = plan.recipes["reading"]
-        fit(reading.Reading(encoders, recipe.batch).eval(), recipe, work / "reading")
+        lesson = reading.Reading(encoders, recipe.batch).eval()
+        fit(lesson, recipe, work / "reading", tensorboard=tensorboard)
     else:
         take_over(start, work, modules)
-    train_flow(plan, work, autoencoder, mmdit, encoders)
+    train_flow(plan, work, autoencoder, mmdit, encoders, tensorboard)
     path = out / f"{out.name}.safetensors"
     if state.is_main_process:
         assemble(path, plan, work, modules)

@@ -173,6 +173,13 @@ def validation_losses(
     return torch.stack(losses)
 
 
+def validation_figures(losses: Float[Tensor, " times"]) -> dict[str, float]:
+    """A validation loss and its part at each of its equidistant times, by the names of logs."""
+    times = [(i + 0.5) / len(losses) for i in range(len(losses))]
+    by_time = {f"validation_t{t:g}": m for t, m in zip(times, losses.tolist(), strict=True)}
+    return {"validation": losses.mean().item()} | by_time
+
+
 class LossByTime:
     """Mean errors in equal bins of t, gathered over steps.
 

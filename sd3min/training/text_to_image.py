@@ -21,13 +21,19 @@ from sd3min.training import captions, scenes
 from sd3min.training.conditioning import Layout, leave_out
 from sd3min.training.data import encoder_digest
 from sd3min.training.images import drawn
-from sd3min.training.objective import paper, velocity_errors
+from sd3min.training.objective import (
+    paper,
+    validation_figures,
+    validation_losses,
+    velocity_errors,
+)
 from sd3min.training.records import load, save
 from sd3min.training.trainer import Losses, Task
 
 NO_CAPTION = 0.1  # of the captions are left empty, for guidance
 LEFT_OUT = 0.15  # how often each encoder is left out, each by itself
 DRAWS = 2  # times and noises for each picture and caption of a batch
+VALIDATED = 64  # pictures
 
 
 def initialise(mmdit: MMDiT, encoders: TextEncoders, resolution: int) -> None:
@@ -161,8 +167,34 @@ class TextToImage(Task):
             whole.repeat_interleave(DRAWS, dim=0)[part]
             for whole in encode(self.encoders, wanted, rng)
         )
+        velocity = self.velocity(Conditioning(context, pooled))
+        return Losses(velocity_errors(velocity, data[part], noise[part], t), t)
+
+    def velocity(self, told: Conditioning) -> flow.Velocity:
+        """The network's answer to what the encoders say."""
 
         def velocity(z: Tensor, t: Tensor) -> Tensor:
-            return self.compiled(z, flow.TRAINED_TIMES * t, context, pooled)
+            return self.compiled(z, flow.TRAINED_TIMES * t, *told)
 
-        return Losses(velocity_errors(velocity, data[part], noise[part], t), t)
+        return velocity
+
+
+class Validation:
+    """The paper's validation loss of pictures that are not learnt from (§5.3.3), under plain
+    captions that every encoder reads; the same noise at each time and call.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, count: int = VALIDATED):
+        """Draw and encode `count` scenes."""
+        rng = random.Random("validation")
+        wanted = [scenes.random_scene(rng) for _ in range(count)]
+        with torch.no_grad():
+            self.data = autoencoder.encode(drawn(wanted, rng))
+        self.noise = torch.randn(self.data.shape, generator=torch.Generator().manual_seed(0))
+        self.captions = [captions.caption(scene) for scene in wanted]
+
+    @torch.no_grad()
+    def __call__(self, task: TextToImage) -> dict[str, float]:
+        """The loss now, and its part at each time."""
+        velocity = task.velocity(task.encoders.encode(self.captions))
+        return validation_figures(validation_losses(velocity, self.data, self.noise))

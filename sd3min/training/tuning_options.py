@@ -2,14 +2,19 @@
 
 import argparse
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sd3min.checkpoint import usable_device
 from sd3min.config import Refusal
 from sd3min.densities import CosMap, Density, LogitNormal, Mode, Uniform
+from sd3min.lora import Word
 from sd3min.training import objective
 from sd3min.training.commands import DENSITY, precision
 from sd3min.training.finetune import Tuning
 from sd3min.training.recipe import Recipe
+
+FASTER = 10.0  # than the LoRA a word is learnt
 
 
 def chosen_density(arguments: argparse.Namespace) -> Density:
@@ -58,11 +63,34 @@ def chosen_tuning(arguments: argparse.Namespace, shift: float) -> Tuning:
         rank=None if arguments.full else arguments.rank,
         alpha=arguments.alpha,
         targets=arguments.targets.split(",") if arguments.targets else None,
+        faster=FASTER if arguments.word_rate is None else arguments.word_rate / arguments.rate,
         objective=chosen_objective(arguments, shift),
         dropout=arguments.dropout,
         gradient_checkpointing=arguments.gradient_checkpointing,
         seed=arguments.seed,
     )
+
+
+def chosen_words(
+    arguments: argparse.Namespace, tokenizers: Mapping[str, Any], captions: Sequence[str]
+) -> dict[str, list[Word]]:
+    """The word to be learnt, by the ids of each CLIP's tokenizer; Refusal where it is not a single
+    token there, or in no caption."""
+    if arguments.word is None:
+        return {}
+    if not any(arguments.word.lower() in caption.lower().split() for caption in captions):
+        raise Refusal(f"no caption has the word {arguments.word}: it would learn nothing")
+    found = {}
+    for part, tokenizer in tokenizers.items():
+        _, *ids, _ = tokenizer(arguments.word).input_ids
+        _, *like, _ = tokenizer(arguments.word_like or "").input_ids
+        if len(ids) != 1:
+            raise Refusal(
+                f"the word {arguments.word} is {len(ids)} tokens: pass one that is a single token, "
+                "such as sks"
+            )
+        found[part] = [Word(ids[0], like)]
+    return found
 
 
 def recipe(arguments: argparse.Namespace, processes: int, cuda: bool) -> Recipe:
@@ -98,6 +126,12 @@ def check(arguments: argparse.Namespace) -> None:
         raise Refusal("--class-prompt goes with --class-data, the folder of its pictures")
     if not 0 <= arguments.prior_weight < math.inf:
         raise Refusal(f"a prior weight of {arguments.prior_weight} is not a number of 0 or more")
+    if arguments.word and (arguments.full or not arguments.train_clips):
+        raise Refusal("--word goes with a LoRA of the CLIPs: pass --train-clips, and no --full")
+    if not arguments.word and (arguments.word_like or arguments.word_rate is not None):
+        raise Refusal("--word-like and --word-rate go with --word, the word to be learnt")
+    if arguments.word_rate is not None and not 0 < arguments.word_rate < math.inf:
+        raise Refusal(f"a word's rate of {arguments.word_rate} is not a number above 0")
     if arguments.full and arguments.dtype not in (None, "float32"):
         raise Refusal("the whole network is trained in float32: leave --dtype out with --full")
     if arguments.device not in (None, "cpu", "cuda"):

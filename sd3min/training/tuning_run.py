@@ -1,6 +1,7 @@
 """A run of fine-tuning: from files and pictures to a LoRA, or to the network's weights."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
@@ -30,13 +31,20 @@ from sd3min.training.finetune import FineTuning, Material, Tuning, validate, wor
 from sd3min.training.grid import grid
 from sd3min.training.recipe import PATIENCE
 from sd3min.training.trainer import Watch, fit
-from sd3min.training.tuning_options import check, chosen_shift, chosen_tuning, recipe
+from sd3min.training.tuning_options import (
+    check,
+    chosen_shift,
+    chosen_tuning,
+    chosen_words,
+    recipe,
+)
 from sd3min.training.weights import save_parts
 
 REMEMBERED = 256  # prompts kept in memory, of 5 MB each for the official encoders
 DECISIVE = (  # options that another run in the same folder must not differ in
     *("objective", "density", "weighting_scheme", "logit_mean", "logit_std", "mode_scale"),
     *("precondition_outputs", "full", "rank", "alpha", "targets", "train_clips", "dropout"),
+    *("word", "word_like", "word_rate"),
     *("no_t5", "prior_weight", "rate", "schedule", "warmup", "clip", "average", "precision"),
     *("seed", "resolution", "dtype"),
 )
@@ -234,6 +242,10 @@ def run(arguments: argparse.Namespace) -> Path:
             keep_options(arguments, bench, materials, course.batch, shift)
 
     tuning = chosen_tuning(arguments, shift)
+    if arguments.word:
+        names = zip(("clip_l", "clip_g"), bench.pipe.text_encoders.tokenizers, strict=False)
+        words = chosen_words(arguments, dict(names), materials[0].captions)
+        tuning = dataclasses.replace(tuning, words=words)
     task = bench.task(tuning, materials, course.batch, arguments.train_clips)
     looks = list(watches(arguments, bench, task, held, len(examples), state))
     fit(task, course, arguments.out, looks, arguments.report_to == "tensorboard")

@@ -117,6 +117,39 @@ def test_diffusers_loads_what_is_written_here(ours, targets, tmp_path):
     assert_same(outputs(ours), their_outputs(theirs, ours), without)
 
 
+def words_of(pipe: Pipeline) -> dict[str, list[lora.Word]]:
+    """Two words of the first prompt for one CLIP, and one for the other, by their ids."""
+    clip_l, clip_g = (
+        tokenizer("red square cat dog").input_ids[1:-1]
+        for tokenizer in pipe.text_encoders.tokenizers[:2]
+    )
+    red, square, cat, dog = clip_l
+    return {
+        "clip_l": [lora.Word(red, [cat, dog]), lora.Word(square, [])],
+        "clip_g": [lora.Word(clip_g[1], [clip_g[2]])],
+    }
+
+
+def test_diffusers_reads_the_rows_of_words_that_were_learnt_here(ours, tmp_path):
+    without, theirs, parts = outputs(ours), oracle.pipeline(ours), modules(ours)
+    made = lora.add(parts, 3, targets=["attn.to_q", "self_attn.v_proj"])
+    words = lora.add_words(parts, words_of(ours), faster=6.0)
+    fill(made.named_parameters())
+    fill([(name, p) for name, p in words.named_parameters() if name.endswith("down")])
+    lora.save(lora.LoRA([*made, *words]), tmp_path / "pytorch_lora_weights.safetensors")
+    theirs.load_lora_weights(tmp_path, adapter_name="own")
+    assert_same(outputs(ours), their_outputs(theirs, ours), without)
+    ids = ours.text_encoders.tokenizers[0](PROMPTS[:1], return_tensors="pt").input_ids
+    rows = [
+        model.get_input_embeddings()(ids)
+        for model in (ours.text_encoders.clip_l, theirs.text_encoder)
+    ]
+    assert oracle.relative(*rows) < oracle.RUNG_1
+    theirs.set_adapters("own", STRENGTH)
+    made.set_scale(STRENGTH), words.set_scale(STRENGTH)
+    assert_same(outputs(ours), their_outputs(theirs, ours), without)
+
+
 def test_the_default_targets_are_those_of_diffusers_trainer(ours, tmp_path):
     theirs = oracle.pipeline(ours)
     our_file(ours, tmp_path, None)
@@ -165,15 +198,15 @@ def adapters(theirs: StableDiffusion3Pipeline) -> dict:
     }
 
 
-def their_file(theirs: StableDiffusion3Pipeline, folder, **given):
+def their_file(theirs: StableDiffusion3Pipeline, folder, clip=CLIP, **given):
     """Adapters that PEFT makes in diffusers' modules, written by diffusers."""
     found = adapters(theirs)
     for name, module in found.items():
-        targets = list(THEIRS if name == "transformer" else CLIP)
+        targets = list(THEIRS if name == "transformer" else clip)
         config = {"r": RANK, "lora_alpha": ALPHA, "target_modules": targets} | given
         module.add_adapter(LoraConfig(**config, init_lora_weights="gaussian"))
         fill((n, p) for n, p in module.named_parameters() if "lora_" in n)
-        assert not [n for n in targets if not any(f"{n}.lora_A" in k for k in module.state_dict())]
+        assert not [n for n in targets if not any(f"{n}.lora_" in k for k in module.state_dict())]
     StableDiffusion3Pipeline.save_lora_weights(
         folder,
         *(get_peft_model_state_dict(module) for module in found.values()),
@@ -188,6 +221,7 @@ PATTERNS = {
 }
 WRITTEN = {
     "plain": {},
+    "tables of tokens": {"clip": (*CLIP, "token_embedding")} | PATTERNS,
     "rank-stabilised": {"use_rslora": True} | PATTERNS,
     "DoRA": {"use_dora": True} | PATTERNS,
 }
