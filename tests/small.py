@@ -119,3 +119,35 @@ def from_diffusers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
     named, _ = sources.renamed(stored)
     return {name: tensor.read() for name, tensor in named.items()}
+
+
+PLAN = """# Of training a whole model.
+
+depth = 1
+pictures = 64
+training_shift = 3.0
+look_every = 2
+prompts = ["a red circle", "a cat"]
+[autoencoder]
+widths = [32, 32, 32, 32]
+blocks = 1
+[clip]
+layers = 2
+width = 64
+mlp_width = 64
+[t5]
+layers = 1
+width = 128
+mlp_width = 64
+heads = 2
+[defaults]
+width = 128
+height = 128
+steps = 2
+guidance_scale = 2.0
+shift = 3.0
+t5_length = 24
+""" + "".join(
+    f"[recipes.{stage}]\nsteps = 2\nlearning_rate = 1e-3\nbatch = 4\nwarmup = 0\n"
+    for stage in ("reconstruction", "decoder", "reading", "flow")
+)

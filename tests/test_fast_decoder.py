@@ -1,16 +1,19 @@
 """The decoder in strips equals the plain one."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import small
 import torch
 import torch.nn.functional as F
+import watched
 from oracle import RUNG_1, RUNG_4, relative
 from torch import nn
 
 from sd3min.config import AutoencoderConfig
 from sd3min.fast.decoder import FastDecoder, Map, Upsample, framed
+from sd3min.fast.plan import STRIPS
 
 SIZES = [(5, 7), (9, 4)]
 CONFIGS = {
@@ -92,3 +95,37 @@ def test_a_frame_is_a_strip_between_its_neighbours_rows_or_zeros():
     x = torch.arange(1.0, 6.0).reshape(1, 1, 5, 1)
     frames = [frame.flatten().tolist() for _, frame in framed(list(x.split(2, dim=2)), torch.neg)]
     assert frames == [[0, -1, -2, -3], [-2, -3, -4, -5], [-4, -5, 0]]
+
+
+DECODE = """
+import re
+import sys
+from pathlib import Path
+import torch
+from sd3min.autoencoder import Autoencoder
+from sd3min.config import AutoencoderConfig
+from sd3min.fast.decoder import FastDecoder
+
+with torch.device("meta"):
+    plain = Autoencoder(AutoencoderConfig((128, 256, 512, 512), 2)).decoder
+decoder = FastDecoder(plain.bfloat16().to_empty(device="cpu"))
+for tensor in decoder.state_dict().values():
+    tensor.copy_(torch.randn(tensor.shape) / 50)
+del plain, tensor
+decoder(torch.zeros(1, 16, 8, 8, dtype=torch.bfloat16))  # what is made once
+text = Path("/proc/self/smaps_rollup").read_text()
+print(int(re.search(r"Anonymous: +([0-9]+) kB", text)[1]) << 10)
+side = int(sys.argv[1]) // 8
+decoder(torch.randn(1, 16, side, side, dtype=torch.bfloat16))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's counts")
+@pytest.mark.parametrize("size", [512, 1024])
+def test_decoding_takes_at_most_what_the_plan_says_and_a_gigabyte(size):
+    peaks = watched.run(DECODE, size)
+    above = peaks["private"] - int(peaks.printed)
+    planned = STRIPS * size**2 * 256 * 2  # of the widest channels at full size, in bfloat16
+    print(f"{size}: {above / 1e9:.2f} GB above the weights, {planned / 1e9:.2f} by the plan")
+    assert 0.75 * planned < above < min(1e9, 1.05 * planned)

@@ -11,6 +11,7 @@ import torch
 from sd3min import formats
 from sd3min.config import Refusal
 from sd3min.text_encoders import Conditioning
+from sd3min.training import finetune, tuning_run
 from sd3min.training.conditioning import Layout, leave_out
 from sd3min.training.data import Encoded
 from sd3min.training.finetune import FineTuning, Material, Tuning, draw, validate
@@ -213,6 +214,22 @@ def encoding(encoders):
     return lambda captions: encoders.encode(captions)
 
 
+def test_t5_which_does_not_learn_reads_a_caption_once_and_the_clips_every_time(tmp_path):
+    encoders, read = small.encoders(small.tokenizers(tmp_path)), []
+    for name in ("clip_l", "t5"):
+        getattr(encoders, name).register_forward_hook(lambda *_, name=name: read.append(name))
+    encoders.requires_grad_(True)
+    captions = ["a cat", "", "a cat", "a red circle"]
+    encode = tuning_run.warning_once(encoders)
+    said = [encode(captions), encode(captions[::-1])]
+    assert read.count("t5") == 3 and read.count("clip_l") == 2
+    expected = encoders.encode(captions)
+    for found, whole in zip(said[0], expected, strict=True):
+        torch.testing.assert_close(found, whole, **SINGLE)
+        assert found.requires_grad
+    torch.testing.assert_close(said[1].context.flip(0), said[0].context, **SINGLE)
+
+
 @pytest.mark.parametrize("clips", [False, True])
 def test_a_lora_is_all_that_trains(clips, tmp_path):
     encoders = small.encoders(small.tokenizers(tmp_path))
@@ -261,6 +278,26 @@ def test_gradient_checkpointing_gives_equal_gradients(rank):
     assert plain.keys() == spared.keys() and any(g.abs().max() > 0 for g in plain.values())
     for name, gradient in plain.items():
         torch.testing.assert_close(spared[name], gradient, **EXACT)
+
+
+def test_attention_among_few_rows_is_plain_and_gives_equal_gradients(monkeypatch):
+    """Plain attention keeps its scores for the gradient, and fused attention does not."""
+    rows, found, plain = 5 + 6 * 10 // 4, [], []
+    for few in (rows - 1, rows):
+        monkeypatch.setattr(finetune, "FEW", few)
+        made = task(Tuning(None), exact(material(["a", "bb", "ccc"]))).double()
+        kept = []
+
+        def keep(tensor, kept=kept):
+            kept.append(list(tensor.shape[1:]))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found.append(gradients(made))
+        plain.append(any(shape[-2:] == [rows, rows] for shape in kept))
+    assert plain == [False, True]
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, **DOUBLE)
 
 
 def test_gradient_checkpointing_keeps_less():

@@ -329,55 +329,29 @@ def test_a_run_killed_at_twenty_random_moments_leaves_the_same_file(place, tmp_p
     assert made[0] == made[1]
 
 
-TINY = """
-depth = 1
-pictures = 64
-training_shift = 3.0
-look_every = 2
-prompts = ["a red circle", "a cat"]
-[autoencoder]
-widths = [32, 32, 32, 32]
-blocks = 1
-[clip]
-layers = 2
-width = 64
-mlp_width = 64
-[t5]
-layers = 1
-width = 128
-mlp_width = 64
-heads = 2
-[defaults]
-width = 128
-height = 128
-steps = 2
-guidance_scale = 2.0
-shift = 3.0
-t5_length = 24
-""" + "".join(
-    f"[recipes.{stage}]\nsteps = 2\nlearning_rate = 1e-3\nbatch = 4\nwarmup = 0\n"
-    for stage in ("reconstruction", "decoder", "reading", "flow")
-)
-
-FLOW = TINY[TINY.index("[recipes.flow]") :]
+FLOW = small.PLAN[small.PLAN.index("[recipes.flow]") :]
 
 
 @pytest.mark.slow
 def test_all_stages_of_a_small_plan_make_a_model_that_draws(tmp_path, capsys):
     path = tmp_path / "little.toml"
-    path.write_text(TINY)
+    path.write_text(small.PLAN)
 
     def trained(*given):
         """What another process prints, since torch.compile fails on the type checks of this one."""
         command = [sys.executable, "-m", "sd3min", "train", str(path), *map(str, given)]
         return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
 
-    given = ["--work", tmp_path / "work", "--out", tmp_path / "made"]
+    given = ["--work", tmp_path / "work", "--out", tmp_path / "made", "--report_to", "tensorboard"]
     made = tmp_path / "made" / "made.safetensors"
     assert trained(*given).strip().endswith(str(made))
     first = made.read_bytes()
     assert sd3min.load(made)("a red circle", progress=False)[0].size == (128, 128)
     assert (tmp_path / "work" / "flow" / "000002.png").exists()
+    *_, last = (tmp_path / "work" / "flow" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(last).keys() >= {"validation", "validation_t0.0625", "validation_t0.9375"}
+    for stage in ("reconstruction", "decoder", "reading", "flow"):
+        assert list((tmp_path / "work" / stage / "tensorboard").glob("events.*")), stage
     trained(*given)  # which goes on from where it is done
     assert made.read_bytes() == first
 
@@ -387,7 +361,7 @@ def test_all_stages_of_a_small_plan_make_a_model_that_draws(tmp_path, capsys):
     changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
     assert old.keys() == new.keys() and "model" in changed and "first_stage_model" not in changed
     assert not [n for n in old if "t5xxl" in n and not torch.equal(old[n], new[n])]
-    path.write_text(TINY.replace("depth = 1", "depth = 2"))
+    path.write_text(small.PLAN.replace("depth = 1", "depth = 2"))
     assert cli.main(["train", str(path), *map(str, begun)]) == 2
     assert (
         f"{tmp_path / 'more'} has a run with other depth (1, and now 2)" in capsys.readouterr().err
@@ -429,8 +403,8 @@ def test_all_stages_of_a_small_plan_make_a_model_that_draws(tmp_path, capsys):
 )
 def test_a_wrong_plan_is_one_sentence(old, new, words, tmp_path, capsys):
     path = tmp_path / "plan.toml"
-    assert old in TINY
-    path.write_text(TINY.replace(old, new, 1))
+    assert old in small.PLAN
+    path.write_text(small.PLAN.replace(old, new, 1))
     assert cli.main(["train", str(path), "--work", str(tmp_path / "work")]) == 2
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1 and words in told[0] and str(path) in told[0]

@@ -11,6 +11,7 @@ import pytest
 import small
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 SAME = {"rel": 1e-5}  # float32 sums in another order, over four steps
 BIN = Path(sys.executable).parent
@@ -26,6 +27,7 @@ COURSES = {  # options of one process, and of two at the same batch
         ["--batch", "4"],
         ["--batch", "1", "--accumulation", "2"],
     ),
+    "full": (["--full", "--train-clips"], ["--batch", "4"], ["--batch", "2"]),
 }
 FIXED = ["--steps", "4", "--rate", "0.01", "--precision", "no", "--dropout", "0.3"]
 
@@ -47,19 +49,31 @@ def place(tmp_path_factory):
 
 def losses(place, launcher, out, *options):
     """The losses of a fine-tuning that a launcher started."""
-    command = [*LAUNCHERS[launcher], "-m", "sd3min.training", "finetune", *FIXED, *options]
-    command += ["--weights", "model/model.safetensors", "--data", "subject", "--out", out]
+    given = ["--weights", "model/model.safetensors", "--data", "subject", "--out", out]
+    given += ["--prompt", "a red circle", "--resolution", "32"]
+    made = "weights" if "--full" in options else "lora"
+    printed = launched(place, launcher, "finetune", *FIXED, *options, *given)
+    assert printed == [f"{out}/{made}.safetensors"]
+    return told(place / out)
+
+
+def launched(place, launcher, *arguments):
+    """The lines that a command prints, as a launcher starts it."""
     done = subprocess.run(
-        [*map(str, command), "--prompt", "a red circle", "--resolution", "32"],
+        [*map(str, (*LAUNCHERS[launcher], "-m", "sd3min.training", *arguments))],
         cwd=place,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{out}/lora.safetensors"]
-    text = (place / out / "metrics.jsonl").read_text()
-    return [json.loads(line)["loss"] for line in text.splitlines()]
+    return done.stdout.splitlines()
+
+
+def told(folder):
+    """The losses of a run."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
 
 
 @pytest.mark.slow
@@ -71,6 +85,25 @@ def test_two_processes_follow_the_losses_of_one(course, launcher, place):
     found = losses(place, launcher, f"two {course} {launcher}", *shared, *together)
     assert found == pytest.approx(expected, **SAME)
     assert expected[0] != pytest.approx(expected[-1], rel=1e-3)  # they are learning
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_whole_model_as_one_does(place):
+    """Every stage, and the file that they make."""
+    plan = small.PLAN.replace("learning_rate = 1e-3", "learning_rate = 1e-4")
+    (place / "plan.toml").write_text(plan)
+    for launcher in ("one", "torchrun"):
+        given = ["plan.toml", "--work", f"work-{launcher}", "--out", f"{launcher}/made"]
+        assert launched(place, launcher, "train", *given) == [f"{launcher}/made/made.safetensors"]
+    for stage in ("reconstruction", "decoder", "reading", "flow"):
+        one, two = (told(place / f"work-{launcher}" / stage) for launcher in ("one", "torchrun"))
+        assert one == pytest.approx(two, rel=1e-4), stage
+    one, two = (
+        load_file(place / name / "made" / "made.safetensors") for name in ("one", "torchrun")
+    )
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor.float(), two[name].float(), rtol=2e-3, atol=1e-3)
 
 
 def test_accelerate_reads_the_configuration_of_fsdp():

@@ -18,7 +18,7 @@ from sd3min.stored import TYPES, Stored
 
 PROCESS = 330_000_000  # bytes that Python, its libraries and tokenizers take, measured on Linux
 HEAD = ("stage", "weights", "mapped", "working", "type", "weights are")
-STRIPS = 2.5  # of the widest channels at full size, when it decodes in strips, measured
+STRIPS = 1.75  # of the widest channels at full size, when it decodes in strips, measured
 MAPS = 6  # of the widest channels at full size that decoding holds at once, measured
 PARTS = 6  # of a stream's modulation, whose weights are there for a moment
 RUNS = ("for runs", "int8 for runs")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sd3min import checkpoint, lora, pipeline
@@ -41,6 +41,7 @@ from sd3min.training.tuning_options import (
 from sd3min.training.weights import save_parts
 
 REMEMBERED = 256  # prompts kept in memory, of 5 MB each for the official encoders
+ROOM = 1 << 30  # bytes of T5's rows kept in memory while the CLIPs learn
 DECISIVE = (  # options that another run in the same folder must not differ in
     *("objective", "density", "weighting_scheme", "logit_mean", "logit_std", "mode_scale"),
     *("precondition_outputs", "full", "rank", "alpha", "targets", "train_clips", "dropout"),
@@ -166,17 +167,26 @@ def encoders_of(
 
 
 def warning_once(encoders: TextEncoders) -> Callable[[Sequence[str]], Conditioning]:
-    """What encoders say; of a caption that they cut they warn once, and not at every step."""
+    """What encoders say whose CLIPs learn; T5, which does not, says it once and is remembered. Of a
+    caption that they cut they warn once, and not at every step.
+    """
     told: set[str] = set()
+    row = encoders.t5_length * encoders.context_width * torch.float32.itemsize
+
+    @lru_cache(maxsize=ROOM // row)
+    @torch.no_grad()
+    def t5_rows(caption: str) -> Tensor:
+        return encoders.t5_rows([caption], encoders.t5_length)
 
     def encode(captions: Sequence[str]) -> Conditioning:
         with held_back() as texts:
-            found = encoders.encode(captions)
+            clips, pooled = encoders.both_clips(captions)
+            t5 = torch.cat([t5_rows(caption) for caption in captions]).to(clips)
         for text in dict.fromkeys(texts):
             if text not in told:
                 warnings.warn(text, stacklevel=2)
         told.update(texts)
-        return found
+        return Conditioning(torch.cat([clips, t5], dim=1), pooled)
 
     return encode
 
