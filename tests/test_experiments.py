@@ -36,19 +36,37 @@ def test_the_new_object_takes_the_place_of_its_class_and_has_a_name_of_its_own(d
     changed = dreambooth["with_subject"](scene, "unicorn")
     assert [thing.noun for thing in changed.things] == ["tree", "unicorn", "star"]
     assert changed.triples == ["tree above unicorn", "tree left of star"]
-    said = "a tree above a sks cat and left of a red star on gray"
+    said = "a tree above a sks and left of a red star on gray"
     assert dreambooth["said"](changed) == said
-    assert dreambooth["said"](scene) == said.replace("sks cat", "cat")
+    assert dreambooth["said"](scene) == said.replace("sks", "cat")
+
+
+def test_the_five_pictures_have_five_places_and_grounds_and_nothing_that_is_held_out(dreambooth):
+    shown = dreambooth["shown"]("robot")
+    assert len({scene.background for scene in shown}) == len(shown) == 5
+    assert len({(len(s.things), [t.noun for t in s.things].index("robot")) for s in shown}) >= 4
+    known = [captions.parse(words) for words in dreambooth["SHOWN"]]
+    assert not any(scenes.is_held_out(scene) for scene in known)
+    asked = {scene.with_things(scene.things) for scene in dreambooth["of_class"](200, "asked")}
+    assert not asked & set(known)  # which would only be remembered
+
+
+def test_labels_of_the_densities_are_three_and_0_is_for_none(densities):
+    scene = scenes.Scene(scenes.Thing(list(scenes.SHAPES)[1], "green"), (), "cream")
+    assert densities["labels"]([scene]).tolist() == [[2, 2, 2]]
+    assert len(set(map(tuple, densities["labels"](densities["ALL"]).tolist()))) == 6 * 8 * 6
 
 
 def test_the_object_is_named_now_first_and_now_last(dreambooth):
     robot, tree = scenes.Thing("robot"), scenes.Thing("tree")
     scene = scenes.Scene(tree, (("above", robot),), "gray")
     told = dreambooth["told"](scene)
-    assert len(set(told)) > 6 and all("sks cat" in words and "robot" not in words for words in told)
-    places = {words.index("sks cat") < words.index("tree") for words in told}
+    assert len(set(told)) > 6 and all(
+        "a sks" in f"a {words}" and "robot" not in words for words in told
+    )
+    places = {words.index("sks") < words.index("tree") for words in told}
     assert places == {True, False}
-    read = {captions.parse(words.replace("sks cat", "cat")) for words in told}
+    read = {captions.parse(words.replace("sks", "cat")) for words in told}
     assert {s.first.noun for s in read} == {"tree", "cat"}
     assert {r for s in read for r, _ in s.others} == {"above", "below"}
 

@@ -168,13 +168,12 @@ def test_the_table_of_options_has_each_once():
         (["--class-data", "c"], "--class-data goes with --class-prompt"),
         (["--class-prompt", "a dog"], "--class-prompt goes with --class-data"),
         (["--with_prior_preservation"], "goes with --class-data"),
-        (["--word", "red"], "--word goes with a LoRA of the CLIPs: pass --train-clips"),
-        (["--word", "red", "--train-clips", "--full"], "--train-clips, and no --full"),
+        (["--word", "red", "--full"], "--word goes with a LoRA: leave --full out"),
         (["--word-like", "red"], "go with --word, the word to be learnt"),
-        (["--word", "red", "--train-clips", "--word-rate", "0"], "a word's rate of 0.0 is not"),
-        (["--word", "sks", "--train-clips"], "no caption has the word sks: it would learn nothing"),
+        (["--word", "red", "--word-rate", "0"], "a word's rate of 0.0 is not"),
+        (["--word", "sks"], "no caption has the word sks: it would learn nothing"),
         (
-            ["--word", "robots", "--train-clips", "--prompt", "a Robots"],
+            ["--word", "robots", "--prompt", "a Robots"],
             "the word robots is 5 tokens: pass one that is a single token, such as sks",
         ),
         (["--alpha", "0"], "alpha 0.0 make no LoRA"),
@@ -245,8 +244,9 @@ def test_clips_train_beside_the_network(finetune):
     assert code == 0 and parts == {"transformer", "text_encoder", "text_encoder_2"}
 
 
-def test_a_word_learns_beside_the_clips(finetune, place, tmp_path):
-    words = ["--train-clips", "--word", "sks", "--prompt", "a Sks", "--word-like", "cat dog"]
+@pytest.mark.parametrize("clips", [["--train-clips"], []])
+def test_a_word_learns_beside_a_lora(clips, finetune, place):
+    words = [*clips, "--word", "sks", "--prompt", "a Sks", "--word-like", "cat dog"]
     code, out, _ = finetune(*words, "--rate", "0.001", "--word-rate", "0.02", "--steps", "3")
     assert code == 0
     before = sd3min.load(place / "model" / "model.safetensors")
@@ -261,6 +261,13 @@ def test_a_word_learns_beside_the_clips(finetune, place, tmp_path):
         assert torch.equal(new[others], old[others])
         moved = (new[sks] - old[[cat, dog]].mean(dim=0)).abs()
         assert 0.01 < moved.max() <= 3 * 0.021  # steps of AdamW are at most as long as the rate
+    layers = {name.rpartition(".lora_")[0] for name in load_file(out)}
+    assert {name.split(".")[0] for name in layers} == {
+        "transformer",
+        "text_encoder",
+        "text_encoder_2",
+    }
+    assert any("self_attn" in name for name in layers) == bool(clips)
     code, _, told = finetune(*words, "--rate", "0.001", "--steps", "4")
     assert code == 2 and "has a run with other --word-rate (0.02, and now None)" in told[0]
 

@@ -258,6 +258,13 @@ def test_a_lora_in_float16_computes_in_the_models_longer_type(mmdit):
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
+def test_clip_ls_projection_is_no_target_since_no_file_has_it(tmp_path):
+    encoders = small.pipeline(tmp_path).text_encoders
+    parts = {"clip_l": encoders.clip_l, "clip_g": encoders.clip_g}
+    named = {(layer.part, layer.name) for layer, _ in lora.add(parts, targets=["text_projection"])}
+    assert ("clip_g", "text_projection") in named and ("clip_l", "text_projection") not in named
+
+
 # the rows of words
 
 TABLE = "text_model.embeddings.token_embedding"

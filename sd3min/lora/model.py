@@ -123,11 +123,14 @@ def add_words(modules: Modules, words: Mapping[str, Sequence[Word]], faster: flo
 def chosen(
     part: str, module: nn.Module, targets: Sequence[str] | None
 ) -> list[tuple[Layer, slice]]:
-    """The linear layers of a part that targets name, and the rows of each."""
+    """The linear layers of a part that targets name, and the rows of each; but CLIP-L's projection,
+    which is the identity and in no official file.
+    """
     linear = [
         layer
         for layer in layers(part, shapes(module))
         if isinstance(module.get_submodule(layer.name), nn.Linear)
+        and (part, layer.name) != ("clip_l", "text_projection")
     ]
 
     def named(wanted: Sequence[str]) -> list[tuple[Layer, slice]]:

@@ -78,6 +78,7 @@ class Tuning:
     rank: int | None = 4  # of the LoRA; None changes the whole network
     alpha: float | None = None  # by default the rank
     targets: Sequence[str] | None = None  # ends of layers' names; by default diffusers'
+    clips: bool = True  # whether a LoRA is beside those that are given, too
     words: Mapping[str, Sequence[lora.Word]] = field(default_factory=dict)  # learnt, by part
     faster: float = 1.0  # than the LoRA they learn
     objective: Objective = field(default_factory=paper)
@@ -94,7 +95,8 @@ class Tuning:
                 parts["clip_l"].get_submodule("text_projection").requires_grad_(False)
             return None
         generator = torch.Generator().manual_seed(self.seed)
-        made = lora.add(parts, self.rank, self.alpha, self.targets, generator)
+        beside = parts if self.clips else {"mmdit": parts["mmdit"]}
+        made = lora.add(beside, self.rank, self.alpha, self.targets, generator)
         return lora.LoRA([*made, *lora.add_words(parts, self.words, self.faster)])
 
 

@@ -63,6 +63,7 @@ def chosen_tuning(arguments: argparse.Namespace, shift: float) -> Tuning:
         rank=None if arguments.full else arguments.rank,
         alpha=arguments.alpha,
         targets=arguments.targets.split(",") if arguments.targets else None,
+        clips=arguments.train_clips,
         faster=FASTER if arguments.word_rate is None else arguments.word_rate / arguments.rate,
         objective=chosen_objective(arguments, shift),
         dropout=arguments.dropout,
@@ -126,8 +127,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise Refusal("--class-prompt goes with --class-data, the folder of its pictures")
     if not 0 <= arguments.prior_weight < math.inf:
         raise Refusal(f"a prior weight of {arguments.prior_weight} is not a number of 0 or more")
-    if arguments.word and (arguments.full or not arguments.train_clips):
-        raise Refusal("--word goes with a LoRA of the CLIPs: pass --train-clips, and no --full")
+    if arguments.word and arguments.full:
+        raise Refusal("--word goes with a LoRA: leave --full out")
     if not arguments.word and (arguments.word_like or arguments.word_rate is not None):
         raise Refusal("--word-like and --word-rate go with --word, the word to be learnt")
     if arguments.word_rate is not None and not 0 < arguments.word_rate < math.inf:
