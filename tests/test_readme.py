@@ -62,6 +62,13 @@ def test_start_up_is_what_was_measured():
     assert 0.7 < seconds["sd3min"] / seconds["diffusers"] < 0.8
 
 
+def test_dreambooth_is_what_was_measured(figures):
+    measured = json.loads((ROOT / "weights" / "figures" / "dreambooth.json").read_text())
+    assert block("dreambooth") == figures["dreambooth"].table(measured)
+    spent = f"{measured['minutes']} minutes on {measured['threads']} cores"
+    assert f"{spent} and in {measured['bytes'] / 1e6:.2f} MB" in README
+
+
 def test_reading_cost_is_what_is_counted_now(figures):
     assert block("cost") == figures["cost_table"]()
 

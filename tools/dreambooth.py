@@ -45,9 +45,9 @@ KEPT = 320  # pictures of what the model knows, made in few steps
 KEPT_STEPS = 10
 OF_CLASS = 8  # one in so many is of the five captions, and as many are others with the class
 COURSE = {
-    "steps": 1300,
+    "steps": 2100,
     "batch": 8,
-    "rate": 1.5e-3,
+    "rate": 1e-3,
     "word": SUBJECT,
     "word-like": " ".join(scenes.OBJECTS),
     "word-rate": 2.25e-2,
