@@ -171,6 +171,8 @@ def test_the_table_of_options_has_each_once():
         (["--word", "red", "--full"], "--word goes with a LoRA: leave --full out"),
         (["--word-like", "red"], "go with --word, the word to be learnt"),
         (["--word", "red", "--word-rate", "0"], "a word's rate of 0.0 is not"),
+        (["--word", "re"], "no caption has the word re: it would learn nothing"),
+        (["--word", "red", "--word-rate", "1", "--rate", "0"], "learning_rate of 0.0 is not a num"),
         (["--word", "sks"], "no caption has the word sks: it would learn nothing"),
         (
             ["--word", "robots", "--prompt", "a Robots"],
@@ -246,7 +248,7 @@ def test_clips_train_beside_the_network(finetune):
 
 @pytest.mark.parametrize("clips", [["--train-clips"], []])
 def test_a_word_learns_beside_a_lora(clips, finetune, place):
-    words = [*clips, "--word", "sks", "--prompt", "a Sks", "--word-like", "cat dog"]
+    words = [*clips, "--word", "sks", "--prompt", "a Sks, red", "--word-like", "cat dog"]
     code, out, _ = finetune(*words, "--rate", "0.001", "--word-rate", "0.02", "--steps", "3")
     assert code == 0
     before = sd3min.load(place / "model" / "model.safetensors")

@@ -75,7 +75,7 @@ RECIPE = Recipe(steps=1000, learning_rate=1e-3, batch=64, warmup=100, average=0.
 
 def labels(wanted: Iterable[scenes.Scene]) -> Tensor:
     """Numbers of each scene's shape, colour and background, [b, 3]; 0 is for no label."""
-    told = [(scene.first.noun, scene.first.colour, scene.background) for scene in wanted]
+    told = [(scene.first.noun, str(scene.first.colour), scene.background) for scene in wanted]
     return torch.tensor(
         [[1 + known.index(n) for known, n in zip(LABELS, names, strict=True)] for names in told]
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,9 @@ def chosen_tuning(arguments: argparse.Namespace, shift: float) -> Tuning:
         alpha=arguments.alpha,
         targets=arguments.targets.split(",") if arguments.targets else None,
         clips=arguments.train_clips,
-        faster=FASTER if arguments.word_rate is None else arguments.word_rate / arguments.rate,
+        faster=arguments.word_rate / arguments.rate
+        if arguments.word_rate and arguments.rate
+        else FASTER,
         objective=chosen_objective(arguments, shift),
         dropout=arguments.dropout,
         gradient_checkpointing=arguments.gradient_checkpointing,
@@ -79,7 +82,7 @@ def chosen_words(
     token there, or in no caption."""
     if arguments.word is None:
         return {}
-    if not any(arguments.word.lower() in caption.lower().split() for caption in captions):
+    if not any(re.search(rf"\b{re.escape(arguments.word)}\b", c, re.I) for c in captions):
         raise Refusal(f"no caption has the word {arguments.word}: it would learn nothing")
     found = {}
     for part, tokenizer in tokenizers.items():
