@@ -8,6 +8,7 @@ some rows. A layer can carry several. In a table of tokens' rows, those are word
 length that is learnt.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import torch
@@ -84,7 +85,7 @@ def changed(weight: Tensor, changes: Iterable[LowRank]) -> Tensor:
     return made.view(weight.shape).to(weight.dtype)
 
 
-class Adapted(nn.Module):
+class Adapted(nn.Module, ABC):
     """A layer with changes beside it; its own tensors keep their names."""
 
     weight: Tensor
@@ -111,9 +112,9 @@ class Adapted(nn.Module):
         if self.kept is not None:
             self.weight.data, self.kept = self.kept, None
 
+    @abstractmethod
     def plain(self) -> nn.Module:
         """The layer as it is, without what is beside it."""
-        raise NotImplementedError
 
 
 class LoRALinear(Adapted, nn.Linear):

@@ -15,7 +15,7 @@ from sd3min.config import MMDiTConfig, Shapes, count
 from sd3min.formats import mmdit_rows
 
 TABLE = "token_embedding"  # of CLIP, the rows of its tokens
-EMBEDDINGS = ("embedding", "shared", "embed_tokens", "relative_attention_bias")
+EMBEDDINGS = ("position_embedding", "shared", "embed_tokens", "relative_attention_bias")
 ENCODERS = ("clip_l", "clip_g", "t5")
 
 Moved = Callable[[Tensor], Tensor]
@@ -80,8 +80,7 @@ def layers(part: str, shapes: Shapes) -> list[Layer]:
 
 def is_embedding(name: str) -> bool:
     """Whether a tensor is a table of rows, for all but CLIP's tokens, and no layer."""
-    owner = name.split(".")[-2]
-    return owner.endswith(EMBEDDINGS) and owner != TABLE
+    return name.split(".")[-2].endswith(EMBEDDINGS)
 
 
 class Dialect(NamedTuple):

@@ -75,13 +75,16 @@ def chosen_tuning(arguments: argparse.Namespace, shift: float) -> Tuning:
     )
 
 
+def asks_clips(arguments: argparse.Namespace) -> bool:
+    """Whether anything of the CLIPs learns: by a LoRA, as a whole, or a word's rows."""
+    return arguments.train_clips or bool(arguments.word)
+
+
 def chosen_words(
     arguments: argparse.Namespace, tokenizers: Mapping[str, Any], captions: Sequence[str]
 ) -> dict[str, list[Word]]:
     """The word to be learnt, by the ids of each CLIP's tokenizer; Refusal where it is not a single
     token there, or in no caption."""
-    if arguments.word is None:
-        return {}
     if not any(re.search(rf"\b{re.escape(arguments.word)}\b", c, re.I) for c in captions):
         raise Refusal(f"no caption has the word {arguments.word}: it would learn nothing")
     found = {}

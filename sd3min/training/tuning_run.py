@@ -32,6 +32,7 @@ from sd3min.training.grid import grid
 from sd3min.training.recipe import PATIENCE
 from sd3min.training.trainer import Watch, fit
 from sd3min.training.tuning_options import (
+    asks_clips,
     check,
     chosen_shift,
     chosen_tuning,
@@ -161,7 +162,7 @@ def encoders_of(
 ) -> Any:
     """Text encoders: whole ones where they are changed, else a cache of what they said."""
     t5 = not arguments.no_t5
-    if arguments.train_clips or arguments.word:
+    if asks_clips(arguments):
         return opened.load_text_encoders(dtype, device, t5)
     return CachedEncoders.of(opened, arguments.out / "cache" / "prompts", dtype, device, t5)
 
@@ -256,8 +257,7 @@ def run(arguments: argparse.Namespace) -> Path:
         names = zip(("clip_l", "clip_g"), bench.pipe.text_encoders.tokenizers, strict=False)
         words = chosen_words(arguments, dict(names), materials[0].captions)
         tuning = dataclasses.replace(tuning, words=words)
-    clips = arguments.train_clips or arguments.word is not None
-    task = bench.task(tuning, materials, course.batch, clips)
+    task = bench.task(tuning, materials, course.batch, asks_clips(arguments))
     looks = list(watches(arguments, bench, task, held, len(examples), state))
     fit(task, course, arguments.out, looks, arguments.report_to == "tensorboard")
     path = save(task, arguments.out) if state.is_main_process else result(task, arguments.out)
