@@ -2,9 +2,10 @@
 
     python tools/dreambooth.py --work FOLDER [--object robot] [--weights FILE] [--out FILE]
 
-Five pictures of one object that sd3-tiny was never shown, in five places beside things that it
-knows, are what `sd3min finetune` is given, and pictures that the model makes itself of what it
-knows, to be kept. The object's name is a word without a meaning, which begins as the mean of what
+All that is known of the object are five pictures, in which it stands beside things that sd3-tiny
+knows. The model makes pictures of what it knows, which are to be kept, and into those that show a
+cat the object is pasted in its place, cut out of the five. `sd3min finetune` is given the five, the
+pasted and the kept. The object's name is a word without a meaning, which begins as the mean of what
 the model knows and is learnt beside the LoRA; T5, whose table learns no word, is left out. Then 200
 prompts put the object into relations with known objects, the same 200 have a known one in its
 place, and 200 others do without either; the detector judges all of them with the LoRA and without,
@@ -15,6 +16,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import random
 import re
 import shutil
@@ -23,8 +25,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import sd3min
@@ -32,7 +35,7 @@ from sd3min import cli
 from sd3min.files import whole
 from sd3min.pipeline import Pipeline, to_pictures
 from sd3min.training import captions, images, scenes
-from sd3min.training.detector import judge
+from sd3min.training.detector import UNKNOWN, find, judge
 from sd3min.training.grid import grid
 
 FIGURES = Path(__file__).parents[1] / "weights" / "figures"
@@ -41,9 +44,10 @@ CLASS = "cat"  # in whose place the object is put
 SUBJECT = captions.SPARE  # its name
 BATCH = 20
 WORDINGS = 12  # of each caption
-KEPT = 320  # pictures of what the model knows, made in few steps
+KEPT = 320  # pictures of what the model knows, made in few steps; half of them with the class
 KEPT_STEPS = 10
-OF_CLASS = 8  # one in so many is of the five captions, and as many are others with the class
+SIDE = 54  # pixels of the square in which a thing stands alone
+EDGE = 40  # levels of gray; what differs less from the ground is not cut out
 COURSE = {
     "steps": 2100,
     "batch": 8,
@@ -66,12 +70,52 @@ SHOWN = (  # captions of the five pictures, with a thing of the class in the pla
 )
 
 
-def write_pictures(noun: str, folder: Path) -> None:
-    """Five pictures of the object, each with its caption beside it."""
+def write(picture: Image.Image, scene: scenes.Scene, file: Path) -> None:
+    """Save a picture and, beside it, captions of its scene."""
+    sd3min.save(picture, file)
+    file.with_suffix(".txt").write_text("\n".join(told(scene)))
+
+
+def write_pictures(noun: str, folder: Path) -> list[Image.Image]:
+    """Five pictures of the object, each with its captions beside it."""
     folder.mkdir(parents=True)
-    for i, scene in enumerate(shown(noun)):
-        scenes.draw(scene, random.Random(i)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text("\n".join(told(scene)))
+    pictures = [scenes.draw(scene, random.Random(i)) for i, scene in enumerate(shown(noun))]
+    for i, (picture, scene) in enumerate(zip(pictures, shown(noun), strict=True)):
+        write(picture, scene, folder / f"{i}.png")
+    return pictures
+
+
+def square(picture: Image.Image, noun: str) -> tuple[int, int, int, int]:
+    """The square of a picture in which the one thing of this noun stands."""
+    ((x, y),) = (thing.centre for thing in find(picture)[0] if thing.noun == noun)
+    left, top = round(x) - SIDE // 2, round(y) - SIDE // 2
+    return left, top, left + SIDE, top + SIDE
+
+
+def ground(picture: Image.Image) -> scenes.RGB:
+    """The colour of a picture's corner."""
+    red, green, blue = np.asarray(picture)[0, 0].tolist()
+    return red, green, blue
+
+
+def cut_out(picture: Image.Image) -> Image.Image:
+    """What is unknown in a picture, with nothing around it: an RGBA image, SIDE pixels across."""
+    part = picture.crop(square(picture, UNKNOWN))
+    differs = np.abs(np.asarray(part, dtype=int) - ground(picture)).max(axis=-1) > EDGE
+    mask = Image.new("L", part.size)
+    mask.paste(255, mask=Image.fromarray(differs))
+    ImageDraw.floodfill(mask, (0, 0), 1)  # what is around it, not what is seen through it
+    part.putalpha(mask.point([255, 0] + [255] * 254))
+    return part
+
+
+def paste(thing: Image.Image, picture: Image.Image) -> Image.Image:
+    """The picture with a cut-out thing in the place of its one thing of the class."""
+    box = square(picture, CLASS)
+    changed = picture.copy()
+    changed.paste(ground(picture), box)
+    changed.paste(thing, box[:2], thing)
+    return changed
 
 
 def told(scene: scenes.Scene) -> list[str]:
@@ -90,18 +134,34 @@ def shown(noun: str) -> list[scenes.Scene]:
     return [with_subject(captions.parse(words), noun) for words in SHOWN]
 
 
-def keep_known(pipe: Pipeline, folder: Path) -> float:
-    """Pictures that the model makes of what it knows, captioned; the share that shows that."""
+def keep_known(pipe: Pipeline, folder: Path) -> list[tuple[Image.Image, scenes.Scene]]:
+    """Make and save pictures of what the model knows; those that show it, with their scenes."""
     folder.mkdir(parents=True)
     rng = random.Random("known")
-    alike = [captions.parse(words) for words in SHOWN] * (KEPT // OF_CLASS // len(SHOWN))
-    wanted = [*alike, *of_class(KEPT // OF_CLASS, "known")]
+    wanted = [*of_class(KEPT // 2, "known")]
     wanted += [scenes.random_scene(rng) for _ in range(KEPT - len(wanted))]
-    made = render(pipe, wanted, KEPT_STEPS)
-    for i, (picture, scene) in enumerate(zip(made, wanted, strict=True)):
-        sd3min.save(picture, folder / f"{i:03}.png")
-        (folder / f"{i:03}.txt").write_text("\n".join(told(scene)))
-    return right(made, wanted)
+    made = list(zip(render(pipe, wanted, KEPT_STEPS), wanted, strict=True))
+    kept = [(picture, scene) for picture, scene in made if judge(picture, scene).right]
+    for i, (picture, scene) in enumerate(kept):
+        write(picture, scene, folder / f"{i:03}.png")
+    return kept
+
+
+def write_pasted(
+    noun: str, known: Sequence[tuple[Image.Image, scenes.Scene]], folder: Path
+) -> list[Image.Image]:
+    """Save known pictures of the class with the object instead, cut out where the ground is most
+    like theirs, so that what is seen through it and along its edge fits."""
+    grounds = [scenes.BACKGROUNDS[scene.background] for scene in shown(noun)]
+    cut = [cut_out(Image.open(folder / f"{i}.png")) for i in range(len(SHOWN))]
+    pasted = []
+    for picture, scene in known:
+        if len(scene.things) > 1 and CLASS in [thing.noun for thing in scene.things]:
+            ground = scenes.BACKGROUNDS[scene.background]
+            nearest = min(range(len(SHOWN)), key=lambda i: math.dist(grounds[i], ground))
+            pasted.append(paste(cut[nearest], picture))
+            write(pasted[-1], with_subject(scene, noun), folder / f"pasted-{len(pasted):03}.png")
+    return pasted
 
 
 def of_class(count: int, seed: str) -> list[scenes.Scene]:
@@ -159,13 +219,13 @@ def right(pictures: Sequence, wanted: Sequence[scenes.Scene]) -> float:
     return sum(judge(p, s).right for p, s in zip(pictures, wanted, strict=True)) / len(wanted)
 
 
-def finetune(weights: Path | None, work: Path) -> None:
-    """Train the LoRA."""
+def finetune(weights: Path | None, work: Path, kept: int) -> None:
+    """Train the LoRA; so many pictures are kept."""
     options = [f"--{name}={value}" for name, value in COURSE.items()]
     given = ["--weights", str(weights)] if weights else []
     data = ["--data", str(work / "pictures"), "--class-data", str(work / "known")]
     captioned = ["--class-prompt", f"a {CLASS}"]  # unheard: all have captions of their own
-    data += [*captioned, "--class-images", str(KEPT)]
+    data += [*captioned, "--class-images", str(kept)]
     if cli.main(["finetune", *given, *data, *options, "--no-t5", "--out", str(work / "run")]):
         raise SystemExit(1)
 
@@ -197,10 +257,11 @@ def main() -> None:
         "without either": scenes.prompts("seen", PROMPTS),
     }
     plain = sd3min.load(arguments.weights, t5=False)
-    write_pictures(noun, work / "pictures")
+    five = write_pictures(noun, work / "pictures")
     began = time.monotonic()
     known = keep_known(plain, work / "known")
-    finetune(arguments.weights, work)
+    pasted = write_pasted(noun, known, work / "pictures")
+    finetune(arguments.weights, work, len(known))
     minutes = (time.monotonic() - began) / 60
     lora = work / "run" / "lora.safetensors"
 
@@ -219,13 +280,13 @@ def main() -> None:
         "right without the LoRA": {
             name: right(render(plain, wanted), wanted) for name, wanted in asked.items()
         },
-        "right of the pictures that were kept": known,
+        "pictures that were kept": len(known),
+        "pictures that were pasted": len(pasted),
         "right of drawn scenes after the autoencoder": right(drawn, asked["with the object"]),
     }
     with whole(arguments.out) as part:
         part.write_text(json.dumps(figures, indent=2) + "\n")
-    learnt = [scenes.draw(scene, random.Random(i)) for i, scene in enumerate(shown(noun))]
-    sheet = grid([*learnt, *made["with the object"][:10]], columns=5)
+    sheet = grid([*five, *pasted[:5], *made["with the object"][:10]], columns=5)
     sd3min.save(sheet, arguments.out.with_suffix(".png"))
     print(json.dumps(figures, indent=2))
     print(table(figures))

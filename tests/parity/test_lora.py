@@ -130,13 +130,20 @@ def words_of(pipe: Pipeline) -> dict[str, list[lora.Word]]:
     }
 
 
-def test_diffusers_reads_the_rows_of_words_that_were_learnt_here(ours, tmp_path):
-    without, theirs, parts = outputs(ours), oracle.pipeline(ours), modules(ours)
+def our_file_with_words(pipe: Pipeline, folder) -> lora.LoRA:
+    parts = modules(pipe)
     made = lora.add(parts, 3, targets=["attn.to_q", "self_attn.v_proj"])
-    words = lora.add_words(parts, words_of(ours), faster=6.0)
+    words = lora.add_words(parts, words_of(pipe), faster=6.0)
     fill(made.named_parameters())
     fill([(name, p) for name, p in words.named_parameters() if name.endswith("down")])
-    lora.save(lora.LoRA([*made, *words]), tmp_path / "pytorch_lora_weights.safetensors")
+    both = lora.LoRA([*made, *words])
+    lora.save(both, folder / "pytorch_lora_weights.safetensors")
+    return both
+
+
+def test_diffusers_reads_the_rows_of_words_that_were_learnt_here(ours, tmp_path):
+    without, theirs = outputs(ours), oracle.pipeline(ours)
+    made = our_file_with_words(ours, tmp_path)
     theirs.load_lora_weights(tmp_path, adapter_name="own")
     assert_same(outputs(ours), their_outputs(theirs, ours), without)
     ids = ours.text_encoders.tokenizers[0](PROMPTS[:1], return_tensors="pt").input_ids
@@ -146,7 +153,7 @@ def test_diffusers_reads_the_rows_of_words_that_were_learnt_here(ours, tmp_path)
     ]
     assert oracle.relative(*rows) < oracle.RUNG_1
     theirs.set_adapters("own", STRENGTH)
-    made.set_scale(STRENGTH), words.set_scale(STRENGTH)
+    made.set_scale(STRENGTH)
     assert_same(outputs(ours), their_outputs(theirs, ours), without)
 
 
@@ -167,10 +174,11 @@ def test_the_default_targets_are_those_of_diffusers_trainer(ours, tmp_path):
     assert load_file(tmp_path / "pytorch_lora_weights.safetensors").keys() == names
 
 
-def test_a_picture_with_a_lora_has_the_same_pixels(ours, tmp_path):
+@pytest.mark.parametrize("write", [our_file, our_file_with_words], ids=["layers", "words too"])
+def test_a_picture_with_a_lora_has_the_same_pixels(ours, tmp_path, write):
     theirs = oracle.pipeline(ours)
     plain = np.asarray(ours(**CALL, seed=0, progress=False)[0])
-    our_file(ours, tmp_path)
+    write(ours, tmp_path)
     theirs.load_lora_weights(tmp_path)
     noise = torch.randn(1, 16, 6, 8, generator=torch.Generator().manual_seed(0))
 
