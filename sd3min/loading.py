@@ -104,7 +104,10 @@ def check(
         mode_options(compile)
         if memory is not None:
             raise Refusal(f"compile {compile} is for the plain networks: leave memory {memory} out")
-    opened.require(checkpoint.part_names(bool(t5)))
+    names = checkpoint.part_names(bool(t5))
+    opened.require_presence(names)
+    encoders = checkpoint.TOKENIZERS if cache else ()  # which may not be needed
+    opened.require([name for name in names if name not in encoders])
     if isinstance(t5, str):
         check_t5(opened.parts["t5"], t5)
         if memory == "stream":

@@ -250,7 +250,9 @@ class MMDiT(nn.Module):
         self.config = config
         width = config.width
         self.x_embedder = PatchEmbedding(width)
-        self.register_buffer("pos_embed", position_table(width, config.grid))
+        table = torch.empty(1, config.grid**2, width)  # on the meta device only its shape is wanted
+        table = table if table.is_meta else position_table(width, config.grid)
+        self.register_buffer("pos_embed", table)
         self.t_embedder = Embedding(SINUSOIDS, width)
         self.y_embedder = Embedding(config.pooled_width, width)
         self.context_embedder = nn.Linear(config.context_width, width)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,9 +79,8 @@ class Record(NamedTuple):
 
 def current_versions() -> dict[str, str]:
     """Versions of what computes a picture."""
-    import transformers
-
-    return {module.__name__: module.__version__ for module in (sd3min, torch, transformers)}
+    read = {"transformers": metadata.version("transformers")}  # importing it takes a second
+    return {"sd3min": sd3min.__version__, "torch": torch.__version__} | read
 
 
 def pixel_hash(image: Image.Image | None, mode: str = "RGB") -> str | None:

@@ -1,11 +1,14 @@
 """The experiments of `tools/`: what they ask for, and the tables that they write."""
 
+import random
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sd3min.training import captions, scenes
+from sd3min.training.detector import judge
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,6 +52,41 @@ def test_the_five_pictures_have_five_places_and_grounds_and_nothing_that_is_held
     assert not any(scenes.is_held_out(scene) for scene in known)
     asked = {scene.with_things(scene.things) for scene in dreambooth["of_class"](200, "asked")}
     assert not asked & set(known)  # which would only be remembered
+
+
+def test_the_object_is_cut_out_without_its_ground_and_with_what_is_seen_through_it(dreambooth):
+    for i, scene in enumerate(dreambooth["shown"]("robot")):
+        cut = dreambooth["cut_out"](scenes.draw(scene, random.Random(i)))
+        outline = np.asarray(cut)[..., 3]
+        assert set(np.unique(outline)) == {0, 255} and cut.size == (dreambooth["SIDE"],) * 2
+        assert not outline[0].any() and not outline[:, 0].any()
+        # white teeth are part of the robot on white too
+        rows = [np.flatnonzero(row) for row in outline if row.any()]
+        assert sum(len(r) < r[-1] - r[0] + 1 for r in rows) < 8
+
+
+def test_the_object_is_pasted_in_the_place_of_its_class_and_nowhere_else(dreambooth):
+    cut = dreambooth["cut_out"](scenes.draw(dreambooth["shown"]("robot")[0], random.Random(0)))
+    for i, scene in enumerate(dreambooth["of_class"](12, "pasted")):
+        before = scenes.draw(scene, random.Random(i))
+        after = dreambooth["paste"](cut, before)
+        assert judge(after, dreambooth["with_subject"](scene, "robot")).right
+        rows, columns = np.nonzero((np.asarray(after) != np.asarray(before)).any(axis=-1))
+        side = dreambooth["SIDE"]
+        assert np.ptp(rows) < side and np.ptp(columns) < side
+
+
+def test_pictures_are_pasted_with_captions_of_the_object(dreambooth, tmp_path):
+    folder = tmp_path / "pictures"
+    dreambooth["write_pictures"]("robot", folder)
+    asked = dreambooth["of_class"](4, "pasted")
+    alone = scenes.Scene(scenes.Thing("cat"), (), "white")
+    known = [(scenes.draw(scene, random.Random(0)), scene) for scene in [alone, *asked]]
+    pasted = dreambooth["write_pasted"]("robot", known, folder)
+    assert len(pasted) == len(asked)  # a large one alone stays as it is
+    files = sorted(folder.glob("pasted-*.txt"))
+    assert len(files) == 4 and all("sks" in file.read_text() for file in files)
+    assert len(list(folder.glob("*.png"))) == 5 + 4
 
 
 def test_labels_of_the_densities_are_three_and_0_is_for_none(densities):

@@ -128,6 +128,45 @@ def test_a_class_counts_as_much_as_is_asked_beside_the_subject():
         task(Tuning(), subject, kind, batch=7)
 
 
+def test_a_class_can_be_held_to_the_network_as_it_was_encoders_and_all():
+    """Values and gradients are those of the distance from a network without the LoRA."""
+    plain, mmdit = small.mmdit().double(), small.mmdit().double()
+    mmdit.load_state_dict(plain.state_dict())
+    kind = exact(material(["dddd", "ee", "f"], weight=0.5, seed=1))._replace(by_network=True)
+    subject = exact(material(["a", "bb", "ccc"]))
+    louder = [1.0]
+
+    def encode(captions):
+        """Encoders that a LoRA changes, too."""
+        changed = louder[0] if made.lora.changes[0].scale else 1.0
+        return Conditioning(*(changed * part for part in words(captions)))
+
+    made = task(Tuning(2, seed=1), subject, kind, batch=6, parts={"mmdit": mmdit}, encode=encode)
+    drawn = made.drawn(3)[1]
+    assert made.losses(drawn, "3 1", slice(0, 3))[0].abs().max() < 1e-20  # nothing is learnt yet
+    generator = torch.Generator().manual_seed(0)
+    for _, change in made.lora:
+        change.up.data = 0.1 * torch.randn(change.up.shape, generator=generator).double()
+    louder[0] = 1.1
+    errors, times = made.losses(drawn, "3 1", slice(0, 3))
+    assert all(change.scale == 1 for _, change in made.lora)
+
+    generator = torch.Generator().manual_seed(random.Random("1 3 1").getrandbits(63))
+    sampling, noise = torch.randn((2, 3, 16, 6, 10), generator=generator).double()
+    mean, logvar = (part[drawn.places] for part in (drawn.bucket.mean, drawn.bucket.logvar))
+    x0, t = (mean + (logvar / 2).exp() * sampling - 0.0609) * 1.5305, times[:, None, None, None]
+    z, told = (1 - t) * x0 + t * noise, words(drawn.captions)
+    before = plain(z, 1000 * times, *(part.double() for part in told))
+    after = mmdit(z, 1000 * times, *((1.1 * part).double() for part in told))
+    expected = (after - before.detach()).square().mean(dim=(1, 2, 3))
+    assert expected.min() > 1e-4
+    torch.testing.assert_close(errors, expected, **DOUBLE)
+    learnt = [p for p in made.parameters() if p.requires_grad]
+    found, wanted = (torch.autograd.grad(loss.sum(), learnt) for loss in (errors, expected))
+    assert sum(bool(gradient.any()) for gradient in wanted) > len(wanted) / 2
+    torch.testing.assert_close(found, wanted, **DOUBLE)
+
+
 def test_parts_of_a_batch_draw_what_the_whole_does():
     made = task(Tuning(dropout=0.5), material(["a", "bb", "ccc", "dddd"]), batch=4)
     whole, times = made(1, slice(0, 4))

@@ -168,6 +168,7 @@ def test_the_table_of_options_has_each_once():
         (["--class-data", "c"], "--class-data goes with --class-prompt"),
         (["--class-prompt", "a dog"], "--class-prompt goes with --class-data"),
         (["--with_prior_preservation"], "goes with --class-data"),
+        (["--prior", "network"], "--prior network goes with --class-data and a LoRA"),
         (["--word", "red", "--full"], "--word goes with a LoRA: leave --full out"),
         (["--word-like", "red"], "go with --word, the word to be learnt"),
         (["--word", "red", "--word-rate", "0"], "a word's rate of 0.0 is not"),
@@ -282,6 +283,14 @@ def test_validation_and_a_class_are_in_the_figures(finetune, place, tmp_path):
     figures = [json.loads(line) for line in text.splitlines()]
     assert code == 0 and all("validation" in line for line in figures) and len(figures) == 2
     assert sorted(path.name for path in kind.iterdir()) == ["00000.png", "00001.png"]
+    made = {}
+    for prior in ("pictures", "network"):
+        class_ = ["--class-data", kind, "--class-prompt", "a dog", "--class-images", "2"]
+        assert finetune(*class_, "--prior", prior, out=prior)[0] == 0
+        made[prior] = (tmp_path / prior / "lora.safetensors").read_bytes()
+    assert made["pictures"] != made["network"]
+    code, _, told = finetune(*class_, "--prior", "pictures", out="network")
+    assert code == 2 and "has a run with other --prior (network, and now pictures)" in told[0]
 
 
 def test_kohyas_times_are_not_shifted_and_the_papers_have_its_densities(finetune, tmp_path):

@@ -62,6 +62,11 @@ def test_start_up_is_what_was_measured():
     assert 0.7 < seconds["sd3min"] / seconds["diffusers"] < 0.8
 
 
+def test_the_densities_are_what_was_measured(figures):
+    measured = json.loads((ROOT / "weights" / "figures" / "densities.json").read_text())
+    assert block("densities") == figures["densities"].table(measured)
+
+
 def test_dreambooth_is_what_was_measured(figures):
     measured = json.loads((ROOT / "weights" / "figures" / "dreambooth.json").read_text())
     assert block("dreambooth") == figures["dreambooth"].table(measured)

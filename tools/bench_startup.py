@@ -3,8 +3,9 @@
 Every run is a process of its own, from its start to its end, and all take turns; medians count. The
 picture is the same one: sd3-tiny's, which diffusers reads from the folder that `sd3min convert`
 writes of it. diffusers is told what sd3-tiny's metadata tell sd3min: steps, guidance, shift, size,
-rows of T5; in float32. The stages are those of Python, by the clock, and what is
-missing to the whole is the interpreter's start and end. Writes tools/startup.json.
+rows of T5; in float32. One side has the prompt's embedding in a cache, from a run before. The
+stages are those of Python, by the clock, and what is missing to the whole is the interpreter's
+start and end. Writes tools/startup.json.
 """
 
 import argparse
@@ -38,7 +39,7 @@ print(json.dumps([after - before for before, after in zip(marks, marks[1:])]))
 OWN = """
 import torch; mark()
 import sd3min; mark()
-pipe = sd3min.load(); mark()
+pipe = sd3min.load(**{options}); mark()
 images = pipe({prompt!r}, seed=1, progress=False); mark()
 sd3min.save(images[0], {out!r}); mark()
 """
@@ -65,8 +66,8 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "max_sequence_length": own.t5_length,
     }
 
-    def staged(script: str, out: str) -> list[str]:
-        paths = {"folder": str(folder / "diffusers"), "out": str(folder / out)}
+    def staged(script: str, out: str, **options: str) -> list[str]:
+        paths = {"folder": str(folder / "diffusers"), "out": str(folder / out), "options": options}
         given = {"prompt": PROMPT, "defaults": defaults} | paths
         return [*python, "-c", STAGED.format(script.format(**given))]
 
@@ -76,6 +77,9 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "import sd3min": [*python, "-c", "import torch, sd3min"],
         "sd3min generate": [*generate, "--out", str(folder / "command.png")],
         "sd3min": staged(OWN, "own.png"),
+        "sd3min, prompt cached": staged(
+            OWN, "cached.png", memory="fast", cache=str(folder / "prompts")
+        ),
         "diffusers": staged(DIFFUSERS, "theirs.png"),
     }
 
@@ -115,8 +119,8 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def levels_apart(folder: Path) -> int:
-    """How far the three pictures are apart at most, of 255 levels."""
-    names = ("own.png", "command.png", "theirs.png")
+    """How far the pictures are apart at most, of 255 levels."""
+    names = ("own.png", "command.png", "cached.png", "theirs.png")
     own, *others = (np.asarray(Image.open(folder / name)).astype(int) for name in names)
     return max(int(np.abs(own - other).max()) for other in others)
 
@@ -128,11 +132,10 @@ def table(sides: Mapping[str, Any]) -> str:
     for side, row in sides.items():
         times = f"{row['seconds']:.2f} | {row['processor']:.2f}"
         lines.append(f"| {side} | {times} | {row['seconds'] / whole:.2f} |")
-    lines += ["", "| stage | sd3min | diffusers |", "|---|---|---|"]
-    for stage, own, theirs in zip(
-        STAGES, sides["sd3min"]["stages"], sides["diffusers"]["stages"], strict=True
-    ):
-        lines.append(f"| {stage} | {own:.2f} | {theirs:.2f} |")
+    staged = {side: row["stages"] for side, row in sides.items() if row["stages"]}
+    lines += ["", f"| stage | {' | '.join(staged)} |", "|---" * (1 + len(staged)) + "|"]
+    for stage, *seconds in zip(STAGES, *staged.values(), strict=True):
+        lines.append(f"| {stage} | {' | '.join(f'{each:.2f}' for each in seconds)} |")
     beyond = sides["import sd3min"]["seconds"] - sides["import torch"]["seconds"]
     return "\n".join([*lines, "", f"`import sd3min` takes {beyond:.2f} s beyond `import torch`."])
 

@@ -20,6 +20,7 @@ matplotlib.use("agg")
 
 import bench
 import bench_t5
+import densities
 import dreambooth
 import matplotlib.pyplot as plt
 import parity
@@ -238,6 +239,7 @@ def main() -> None:
         "speed": speed_table(json.loads(bench.RESULTS.read_text())),
         "t5": bench_t5.table(json.loads(bench_t5.RESULTS.read_text())),
         "dreambooth": dreambooth.table(json.loads((FIGURES / "dreambooth.json").read_text())),
+        "densities": densities.table(json.loads((FIGURES / "densities.json").read_text())),
         "explain": explain_table(),
         "parity": parity.table().strip(),
     }

@@ -102,13 +102,12 @@ class StagedPipeline(Pipeline):
         self.weights, self.loras = opened.fingerprint(), opened.loras
         self.device, self.dtype, self.kinds = device, dtype, {}
         self.stages = Stages(loaders(opened, **kept), keep=memory == "fast")
-        self.text_encoders: Any = StagedEncoders(self.stages, opened, bool(t5))
+        encoders = once(partial(StagedEncoders, self.stages, opened, bool(t5)))
+        cached = partial(CachedEncoders.of, opened, dtype=dtype, device=device, t5=t5)
+        self.text_encoders: Any = cached(folder=cache, load=encoders) if cache else encoders()
         names = [*([] if cache else encoder_names(bool(t5))), "network", "autoencoder"]
         for name in names if memory == "fast" else []:
             self.stages(name)
-        if cache:
-            staged = self.text_encoders
-            self.text_encoders = CachedEncoders.of(opened, cache, dtype, device, t5, lambda: staged)
 
     def plan(self, prompt: str | Sequence[str] = "", **given: Any) -> Plan:
         """What will be in memory at each stage of a call with these arguments."""

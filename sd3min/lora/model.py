@@ -3,6 +3,7 @@
 import fnmatch
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,17 @@ class LoRA(nn.Module):
         for _, change in self:
             change.scale = float(scale)
         return self
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """For a while nothing is changed."""
+        scales = [change.scale for _, change in self]
+        self.set_scale(0.0)
+        try:
+            yield
+        finally:
+            for (_, change), scale in zip(self, scales, strict=True):
+                change.scale = scale
 
 
 def add(

@@ -78,6 +78,8 @@ def add_material(parser: argparse.ArgumentParser) -> None:
     add("--class-prompt", "--class_prompt", type=options.text, metavar="TEXT", help="their caption")
     add("--class-images", "--num_class_images", type=options.whole, default=100, help="how many")
     add("--with_prior_preservation", action="store_true", help="is so where --class-data is given")
+    prior = "what the class is held to: its pictures, or the network without the LoRA"
+    add("--prior", choices=("pictures", "network"), default="pictures", help=prior)
     weight = "how much the class counts beside the subject"
     add("--prior-weight", "--prior_loss_weight", type=options.number, default=1.0, help=weight)
     side = "side of square pictures, others as many pixels (default: the weights')"

@@ -35,23 +35,25 @@ FEW = 128  # rows of attention: a small picture's and its caption's
 
 
 class Material(NamedTuple):
-    """Examples, encoded: posteriors by bucket, all captions, how much an example counts, and what
-    the examples are called. Lines of a caption are wordings of it.
+    """Examples, encoded: posteriors by bucket, all captions, how much an example counts, what the
+    examples are called, and whether the network is held to what it said of them before it learnt,
+    and not to themselves. Lines of a caption are wordings of it.
     """
 
     encoded: list[Encoded]
     captions: list[str]
     weight: float = 1.0
     names: Sequence[str] = ()
+    by_network: bool = False
 
 
 class Drawn(NamedTuple):
     """A step's batch of a material: examples' places in a bucket, their captions and names."""
 
+    material: Material
     bucket: Encoded
     places: list[int]
     captions: list[str]
-    weight: float
     names: list[str]
 
 
@@ -68,7 +70,7 @@ def draw(material: Material, step: int, size: int, seed: int) -> Drawn:
     indices = [bucket.indices[place] for place in places]
     captions = [rng.choice(wordings(material.captions[index])) for index in indices]
     names = [material.names[index] for index in indices] if material.names else captions
-    return Drawn(bucket, places, captions, material.weight, names)
+    return Drawn(material, bucket, places, captions, names)
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class FineTuning(Task):
         share = slice(part.start // len(drawn), part.stop // len(drawn))
         found = [self.losses(each, f"{step} {i}", share) for i, each in enumerate(drawn)]
         values = torch.cat(
-            [len(drawn) * each.weight * f[0] for each, f in zip(drawn, found, strict=True)]
+            [len(drawn) * each.material.weight * f[0] for each, f in zip(drawn, found, strict=True)]
         )
         return Losses(values, torch.cat([times for _, times in found]))
 
@@ -192,10 +194,25 @@ class FineTuning(Task):
         )
         sample = bucket.mean[drawn.places] + torch.exp(0.5 * bucket.logvar[drawn.places]) * sampling
         data = ((sample - SHIFT) * SCALE)[share].to(self.mmdit.pos_embed.device)
-        told = leave_out(self.layout, self.encode(drawn.captions[share]), kept[share])
+        velocity, before = self.velocities(drawn.captions[share], kept[share])
+        teacher = before if drawn.material.by_network else None
         t = t.to(data)
-        errors = velocity_errors(self.velocity(told), data, noise[share].to(data), t)
+        errors = velocity_errors(velocity, data, noise[share].to(data), t, teacher)
         return self.tuning.objective.weighted(errors, t), t
+
+    def velocities(self, captions: list[str], kept: Tensor) -> tuple[flow.Velocity, flow.Velocity]:
+        """The network's answer to captions, and what it was before anything was learnt."""
+
+        def asked() -> flow.Velocity:
+            return self.velocity(leave_out(self.layout, self.encode(captions), kept))
+
+        @torch.no_grad()
+        def before(z: Tensor, t: Tensor) -> Tensor:
+            assert self.lora is not None
+            with self.lora.left_out():
+                return asked()(z, t)
+
+        return asked(), before
 
     def velocity(self, told: Conditioning) -> flow.Velocity:
         """The network's answer to what the encoders say."""

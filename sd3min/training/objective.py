@@ -19,13 +19,21 @@ VALIDATION_TIMES = 8
 
 
 def velocity_errors(
-    velocity: flow.Velocity, data: flow.Latents, noise: flow.Latents, t: Float[Tensor, " b"]
+    velocity: flow.Velocity,
+    data: flow.Latents,
+    noise: flow.Latents,
+    t: Float[Tensor, " b"],
+    teacher: flow.Velocity | None = None,
 ) -> Float[Tensor, " b"]:
-    """Mean of |v(z_t, t) − (ε − x0)|² over each picture's values, in float32 or better."""
+    """Mean of |v(z_t, t) − (ε − x0)|² over each picture's values, in float32 or better.
+
+    With a `teacher` it is the mean of |v(z_t, t) − teacher(z_t, t)|².
+    """
     latents = flow.interpolate(data, noise, t[:, None, None, None])
     predicted = velocity(latents, t)
     exact = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
-    return (exact - flow.velocity_target(data, noise)).square().mean(dim=(1, 2, 3))
+    target = teacher(latents, t) if teacher else flow.velocity_target(data, noise)
+    return (exact - target).square().mean(dim=(1, 2, 3))
 
 
 def flow_matching_loss(

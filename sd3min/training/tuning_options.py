@@ -131,6 +131,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise Refusal("--class-data goes with --class-prompt, the caption of its pictures")
     if arguments.class_prompt is not None and not arguments.class_data:
         raise Refusal("--class-prompt goes with --class-data, the folder of its pictures")
+    if arguments.prior == "network" and (arguments.full or not arguments.class_data):
+        raise Refusal("--prior network goes with --class-data and a LoRA, which can be left out")
     if not 0 <= arguments.prior_weight < math.inf:
         raise Refusal(f"a prior weight of {arguments.prior_weight} is not a number of 0 or more")
     if arguments.word and arguments.full:

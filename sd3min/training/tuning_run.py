@@ -46,8 +46,8 @@ ROOM = 1 << 30  # bytes of T5's rows kept in memory while the CLIPs learn
 DECISIVE = (  # options that another run in the same folder must not differ in
     *("objective", "density", "weighting_scheme", "logit_mean", "logit_std", "mode_scale"),
     *("precondition_outputs", "full", "rank", "alpha", "targets", "train_clips", "dropout"),
-    *("word", "word_like", "word_rate"),
-    *("no_t5", "prior_weight", "rate", "schedule", "warmup", "clip", "average", "precision"),
+    *("word", "word_like", "word_rate", "prior", "prior_weight", "no_t5"),
+    *("rate", "schedule", "warmup", "clip", "average", "precision"),
     *("seed", "resolution", "dtype"),
 )
 
@@ -118,14 +118,17 @@ class Bench:
         cache = LatentCache(autoencoder, arguments.out / "cache" / "latents")
         return cls(opened, pipe, cache, side)
 
-    def material(self, examples: Sequence[Example], weight: float = 1.0) -> Material:
+    def material(
+        self, examples: Sequence[Example], weight: float = 1.0, by_network: bool = False
+    ) -> Material:
         """Examples, encoded or found in the caches."""
         captions = [example.caption for example in examples]
         buckets = self.latents.encode(examples, self.side)
         for bucket in buckets:
             refuse_beyond(self.pipe.config.largest_side, *bucket.size)
         self.remember([words for caption in captions for words in wordings(caption)])
-        return Material(buckets, captions, weight, [example.name for example in examples])
+        names = [example.name for example in examples]
+        return Material(buckets, captions, weight, names, by_network)
 
     def remember(self, prompts: Sequence[str]) -> None:
         """Put prompts into the cache, if that is where encoders' words come from."""
@@ -244,7 +247,8 @@ def run(arguments: argparse.Namespace) -> Path:
         materials = [bench.material(examples)]
         if arguments.class_data:
             pictures = class_pictures(bench.pipe, arguments, bench.side)
-            materials.append(bench.material(pictures, arguments.prior_weight))
+            prior = arguments.prior_weight, arguments.prior == "network"
+            materials.append(bench.material(pictures, *prior))
         held = None
         if arguments.validation_data:
             held = bench.material(read_folder(arguments.validation_data, arguments.prompt))
