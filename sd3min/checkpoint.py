@@ -212,21 +212,32 @@ class Checkpoint:
         """An encoder's tokenizer, from its folder; refused where it is of another vocabulary."""
         import transformers
 
-        place, kind = TOKENIZERS[name]
-        folder, vocabulary = self.tokenizers / place, self.parts[name].config.vocabulary
+        folder, vocabulary = self.tokenizer_folder(name), self.parts[name].config.vocabulary
         try:
-            read = getattr(transformers, kind).from_pretrained
-            tokenizer = read(folder) if folder.is_dir() else None
+            tokenizer = getattr(transformers, TOKENIZERS[name][1]).from_pretrained(folder)
         except Exception:  # whatever the files hold
-            tokenizer = None
+            raise self.no_tokenizer(name) from None
         # T5's table has spare rows; a tokenizer of missing files has a few tokens and no error
-        if tokenizer is None or not 0.99 * vocabulary <= len(tokenizer) <= vocabulary:
-            places = ", ".join(place for place, _ in TOKENIZERS.values())
-            raise Refusal(
-                f"{folder} is not {TITLES[name]}'s tokenizer of {vocabulary:,} tokens: "
-                f"name the folder that holds {places}"
-            )
+        if not 0.99 * vocabulary <= len(tokenizer) <= vocabulary:
+            raise self.no_tokenizer(name)
         return tokenizer
+
+    def tokenizer_folder(self, name: str) -> Path:
+        """The folder of an encoder's tokenizer; refused where there is none."""
+        folder = self.tokenizers / TOKENIZERS[name][0]
+        if not folder.is_dir():
+            raise self.no_tokenizer(name)
+        return folder
+
+    def no_tokenizer(self, name: str) -> Refusal:
+        """What is said where an encoder's tokenizer is not in its folder."""
+        vocabulary = self.parts[name].config.vocabulary
+        places = ", ".join(place for place, _ in TOKENIZERS.values())
+        return Refusal(
+            f"{self.tokenizers / TOKENIZERS[name][0]} is not {TITLES[name]}'s tokenizer of "
+            f"{vocabulary:,} tokens: "
+            f"name the folder that holds {places}"
+        )
 
 
 def on_disk(paths: Sequence[Path], parts: Sequence[str], tokenizers: bool) -> hub.Fetched:

@@ -212,7 +212,7 @@ def run_gallery(arguments: argparse.Namespace) -> None:
     checked = check_call(opened.parts["mmdit"].config, opened.defaults, **call)
     place = arguments.device, arguments.dtype
     how = t5, arguments.memory, arguments.mmdit, arguments.cache
-    loading.check(opened, *how, arguments.compile)
+    loading.check(opened, *how, arguments.lora, arguments.compile)
     opened = merged(opened, arguments.lora, checkpoint.part_names(bool(t5)))
     dtype, _ = opened.placement(*place)
     common = {

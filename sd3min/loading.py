@@ -64,7 +64,7 @@ def assemble(
     compile: str | None = None,
 ) -> Pipeline:
     """A pipeline from opened files, by the arguments of `load`; refused where they do not fit."""
-    check(opened, t5, memory, mmdit, cache, compile)
+    check(opened, t5, memory, mmdit, cache, lora, compile)
     opened = merged(opened, lora, checkpoint.part_names(bool(t5)))
     if t5 == "fp8" and opened.parts["t5"].loras:
         raise Refusal("t5 fp8 keeps T5 as it is stored, and a LoRA changes it: pass t5 int8")
@@ -88,9 +88,12 @@ def check(
     memory: str | None = None,
     mmdit: str | None = None,
     cache: str | Path | None = None,
+    lora: LoRAs | None = None,
     compile: str | None = None,
 ) -> None:
-    """Refuse plans that there are not, and files that do not fit."""
+    """Refuse plans that there are not, and files that do not fit; with a cache of prompts only when
+    a prompt is not in it are text encoders looked at, unless a LoRA may change them.
+    """
     if memory not in (None, *MEMORY):
         raise Refusal(f"memory {memory} is not one of {', '.join(MEMORY)}")
     if mmdit not in (None, "int8"):
@@ -106,8 +109,8 @@ def check(
             raise Refusal(f"compile {compile} is for the plain networks: leave memory {memory} out")
     names = checkpoint.part_names(bool(t5))
     opened.require_presence(names)
-    encoders = checkpoint.TOKENIZERS if cache else ()  # which may not be needed
-    opened.require([name for name in names if name not in encoders])
+    unneeded = checkpoint.TOKENIZERS if cache and not lora else ()
+    opened.require([name for name in names if name not in unneeded])
     if isinstance(t5, str):
         check_t5(opened.parts["t5"], t5)
         if memory == "stream":

@@ -250,7 +250,7 @@ class MMDiT(nn.Module):
         self.config = config
         width = config.width
         self.x_embedder = PatchEmbedding(width)
-        table = torch.empty(1, config.grid**2, width)  # on the meta device only its shape is wanted
+        table = torch.empty(1, config.grid**2, width)  # enough where only shapes are wanted
         table = table if table.is_meta else position_table(width, config.grid)
         self.register_buffer("pos_embed", table)
         self.t_embedder = Embedding(SINUSOIDS, width)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from sd3min.autoencoder import Autoencoder
 from sd3min.config import (
@@ -83,19 +82,6 @@ class LoRAOrigin(NamedTuple):
     scale: float
 
 
-class NoArithmetic(TorchFunctionMode):
-    """On the meta device, keeps modules from computing initial values that nothing will read: the
-    first one to do so would import PyTorch's compiler, for a second or two."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Leave out what `nn.Embedding` and transformers would do."""
-        if func is Tensor.normal_:
-            return args[0]
-        if func is torch.arange:
-            return func(*args, **{**(kwargs or {}), "device": "cpu"}).to("meta")
-        return func(*args, **(kwargs or {}))
-
-
 @dataclass(frozen=True)
 class Part:
     """One part of a model: its tensors under the official names, whatever their files call them."""
@@ -147,7 +133,7 @@ class Part:
         """The module on the meta device; refused unless the file's tensors are exactly its own."""
         config = self.config
         try:
-            with torch.device("meta"), NoArithmetic():
+            with torch.device("meta"):
                 module = MODULES[self.name](config)
         except (ArithmeticError, RuntimeError, TypeError, ValueError):
             raise self.unfit(f"has sizes that cannot be: {config}") from None

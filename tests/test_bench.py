@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from sd3min.fast import native
+
 TOOLS = Path(__file__).parents[1] / "tools"
 
 
@@ -71,3 +73,44 @@ def test_two_sides_are_timed_in_turns(bench, work):
     for figures in row.values():
         low, high = figures["spread"]
         assert 0 < low <= figures["seconds"] <= high and figures["resident"] > 1e8
+
+
+@pytest.fixture(scope="module")
+def profiling():
+    """The functions of `tools/profile_step.py`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TOOLS))
+        return runpy.run_path(str(TOOLS / "profile_step.py"))
+
+
+def test_operators_fall_into_kinds_of_work(profiling):
+    kinds = {
+        "aten::addmm": "linear layers",
+        "aten::_int_mm": "linear layers",
+        "sd3min::linear": "linear layers",
+        "sd3min::attention": "attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+        "sd3min::quantise": "to and from 8 bits",
+        "sd3min::modulate": "all else",
+        "aten::native_layer_norm": "all else",
+    }
+    assert {operator: profiling["group"](operator) for operator in kinds} == kinds
+    found = profiling["grouped"](dict.fromkeys(kinds, 2.0))
+    assert list(found.values()) == [4.0, 6.0, 2.0, 4.0]
+
+
+def test_a_profile_sees_what_every_side_does(profiling):
+    profiling["recorded"]()
+    try:
+        found = profiling["measure"](64, 1, 1)
+    finally:
+        profiling["native"].call = profiling["native"].call.__wrapped__
+    assert list(found) == list(profiling["COMPARED"])
+    for operators in found.values():
+        spent = profiling["grouped"](operators)
+        assert spent["linear layers"] > 0 and spent["attention"] > 0 and spent["all else"] > 0
+    if native.library():
+        assert profiling["grouped"](found["int8"])["to and from 8 bits"] > 0
+    head, _, *rows = profiling["table"]({"sizes": {"64": found}}).splitlines()
+    assert head.count("|") == rows[0].count("|") and len(rows) == 4
+    assert rows[0].endswith("| 100% |")

@@ -1,5 +1,6 @@
 """The experiments of `tools/`: what they ask for, and the tables that they write."""
 
+import dataclasses
 import random
 import runpy
 from pathlib import Path
@@ -54,13 +55,17 @@ def test_the_five_pictures_have_five_places_and_grounds_and_nothing_that_is_held
     assert not asked & set(known)  # which would only be remembered
 
 
-def test_the_object_is_cut_out_without_its_ground_and_with_what_is_seen_through_it(dreambooth):
-    for i, scene in enumerate(dreambooth["shown"]("robot")):
+@pytest.mark.parametrize("noun", scenes.UNSEEN_OBJECTS)
+def test_the_object_is_cut_out_without_its_ground_and_with_what_is_seen_through_it(
+    dreambooth, noun
+):
+    for i, scene in enumerate(dreambooth["shown"](noun)):
         cut = dreambooth["cut_out"](scenes.draw(scene, random.Random(i)))
         outline = np.asarray(cut)[..., 3]
         assert set(np.unique(outline)) == {0, 255} and cut.size == (dreambooth["SIDE"],) * 2
-        assert not outline[0].any() and not outline[:, 0].any()
-        # white teeth are part of the robot on white too
+        assert not any(edge.any() for edge in (*outline[[0, -1]], *outline[:, [0, -1]].T))
+        if noun != "robot":  # whose white teeth are part of it on white too
+            continue
         rows = [np.flatnonzero(row) for row in outline if row.any()]
         assert sum(len(r) < r[-1] - r[0] + 1 for r in rows) < 8
 
@@ -81,12 +86,34 @@ def test_pictures_are_pasted_with_captions_of_the_object(dreambooth, tmp_path):
     dreambooth["write_pictures"]("robot", folder)
     asked = dreambooth["of_class"](4, "pasted")
     alone = scenes.Scene(scenes.Thing("cat"), (), "white")
-    known = [(scenes.draw(scene, random.Random(0)), scene) for scene in [alone, *asked]]
+    known = [(scenes.draw(scene, random.Random(0)), scene) for scene in (alone, *asked)]
     pasted = dreambooth["write_pasted"]("robot", known, folder)
     assert len(pasted) == len(asked)  # a large one alone stays as it is
     files = sorted(folder.glob("pasted-*.txt"))
     assert len(files) == 4 and all("sks" in file.read_text() for file in files)
     assert len(list(folder.glob("*.png"))) == 5 + 4
+
+
+def test_nothing_that_is_asked_for_is_among_what_is_learnt(dreambooth, tmp_path):
+    asked = [*dreambooth["of_class"](100, "asked"), *scenes.prompts("seen", 100)]
+    wanted = []
+
+    class Pipe:
+        def __call__(self, words, **_):
+            wanted.extend(captions.parse(told) for told in words)
+            drawn = [captions.parse(told) for told in words]
+            return [scenes.draw(scene, random.Random(0)) for scene in drawn]
+
+    known = dreambooth["keep_known"](Pipe(), tmp_path / "known", asked)
+    assert len(wanted) == dreambooth["KEPT"] and len(known) > 0.98 * len(wanted)
+    mirrored = [
+        scenes.Scene(thing, ((scenes.MIRRORED[relation], scene.first),), scene.background)
+        for scene in asked
+        if len(scene.others) == 1
+        for relation, thing in scene.others
+    ]
+    swapped = [dataclasses.replace(scene, others=scene.others[::-1]) for scene in asked]
+    assert not {*asked, *mirrored, *swapped} & set(wanted)
 
 
 def test_labels_of_the_densities_are_three_and_0_is_for_none(densities):

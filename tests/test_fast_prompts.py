@@ -6,8 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+import sd3min
 from sd3min.checkpoint import Checkpoint
+from sd3min.config import Refusal
 from sd3min.conventions import COMFYUI, DIFFUSERS
 from sd3min.fast.prompts import CachedEncoders, encoders_key, read
 
@@ -202,3 +206,34 @@ def test_a_cache_of_opened_files_is_theirs(opened, encoders, tmp_path):
     cache = CachedEncoders.of(opened, tmp_path, torch.float32)
     assert cache.has_t5
     assert_same(cache.encode([SHORT]), alone(encoders, [SHORT]))
+
+
+def test_tokenizers_that_are_not_there_are_refused_with_a_cache_too(opened, tmp_path):
+    with pytest.raises(
+        Refusal, match=r"is not CLIP-L's tokenizer of .* name the folder that holds"
+    ):
+        sd3min.load(opened.path, tokenizers=tmp_path, memory="resident", cache=tmp_path / "cache")
+
+
+def test_damaged_encoders_are_told_of_when_they_are_needed(opened, tmp_path):
+    """All of them in one sentence, before anything is loaded; a prompt in the cache needs none."""
+    call = {"steps": 1, "seed": 0, "progress": False}
+    given = {"memory": "resident", "cache": tmp_path / "cache", "dtype": "float32"}
+    tensors = load_file(opened.path)
+    for part in ("clip_l", "t5xxl"):
+        name = next(n for n in tensors if part in n and "layer_norm" in n)
+        tensors[name] = tensors[name][:-1].clone()
+    with safe_open(opened.path, "pt") as file:
+        metadata = file.metadata()
+    shutil.copytree(opened.path.parent, tmp_path / "copy")
+    save_file(tensors, tmp_path / "copy" / opened.path.name, metadata)
+    with pytest.raises(Refusal, match=r"CLIP-L.*T5"):
+        sd3min.load(tmp_path / "copy", memory="resident")
+    pipe = sd3min.load(tmp_path / "copy", **given)
+    with pytest.raises(Refusal, match=r"CLIP-L.*T5"):
+        pipe(SHORT, **call)
+    assert not pipe.stages.held
+    pipe.text_encoders.key = "as if they were whole"
+    whole = sd3min.load(opened.path, **given)
+    whole.text_encoders.key = pipe.text_encoders.key
+    assert whole(SHORT, **call)[0].tobytes() == pipe(SHORT, **call)[0].tobytes()

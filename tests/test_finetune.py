@@ -128,7 +128,8 @@ def test_a_class_counts_as_much_as_is_asked_beside_the_subject():
         task(Tuning(), subject, kind, batch=7)
 
 
-def test_a_class_can_be_held_to_the_network_as_it_was_encoders_and_all():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_class_can_be_held_to_the_network_as_it_was_encoders_and_all(checkpointing):
     """Values and gradients are those of the distance from a network without the LoRA."""
     plain, mmdit = small.mmdit().double(), small.mmdit().double()
     mmdit.load_state_dict(plain.state_dict())
@@ -141,7 +142,8 @@ def test_a_class_can_be_held_to_the_network_as_it_was_encoders_and_all():
         changed = louder[0] if made.lora.changes[0].scale else 1.0
         return Conditioning(*(changed * part for part in words(captions)))
 
-    made = task(Tuning(2, seed=1), subject, kind, batch=6, parts={"mmdit": mmdit}, encode=encode)
+    tuning = Tuning(2, seed=1, gradient_checkpointing=checkpointing)
+    made = task(tuning, subject, kind, batch=6, parts={"mmdit": mmdit}, encode=encode)
     drawn = made.drawn(3)[1]
     assert made.losses(drawn, "3 1", slice(0, 3))[0].abs().max() < 1e-20  # nothing is learnt yet
     generator = torch.Generator().manual_seed(0)
@@ -165,6 +167,21 @@ def test_a_class_can_be_held_to_the_network_as_it_was_encoders_and_all():
     found, wanted = (torch.autograd.grad(loss.sum(), learnt) for loss in (errors, expected))
     assert sum(bool(gradient.any()) for gradient in wanted) > len(wanted) / 2
     torch.testing.assert_close(found, wanted, **DOUBLE)
+
+
+def test_the_network_as_it_was_leaves_the_gradients_of_autocast_alone():
+    """What the teacher computes without gradients must not stand in for what has them."""
+    kind = material(["dddd", "ee", "f"])._replace(by_network=True)
+    made = task(Tuning(2), material(["a", "bb", "ccc"]), kind, batch=6)
+    for _, change in made.lora:
+        torch.nn.init.normal_(change.up, std=0.1)
+    learnt = [p for p in made.parameters() if p.requires_grad]
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            errors, _ = made.losses(made.drawn(0)[1], "0 1", slice(0, 3))
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(errors.sum(), learnt)]))
+    assert torch.cosine_similarity(*found, dim=0) > 0.99
 
 
 def test_parts_of_a_batch_draw_what_the_whole_does():

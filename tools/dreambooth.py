@@ -22,7 +22,7 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +138,25 @@ def shown(noun: str) -> list[scenes.Scene]:
     return [with_subject(captions.parse(words), noun) for words in SHOWN]
 
 
-def keep_known(pipe: Pipeline, folder: Path) -> list[tuple[Image.Image, scenes.Scene]]:
-    """Make and save pictures of what the model knows; those that show it, with their scenes."""
+def arrangement(scene: scenes.Scene) -> Hashable:
+    """What stands where, whichever thing is named first."""
+    first, others = scene.first, scene.others
+    told = {(first, relation, thing) for relation, thing in others}
+    told |= {(thing, scenes.MIRRORED[relation], first) for relation, thing in others}
+    return frozenset(scene.things), frozenset(told), scene.background
+
+
+def keep_known(
+    pipe: Pipeline, folder: Path, asked: Iterable[scenes.Scene]
+) -> list[tuple[Image.Image, scenes.Scene]]:
+    """Make and save pictures of what the model knows, but of nothing that will be asked for; those
+    that show it, with their scenes."""
     folder.mkdir(parents=True)
-    rng = random.Random("known")
-    wanted = [*of_class(KEPT // 3, "known")]
-    wanted += [scenes.random_scene(rng) for _ in range(KEPT - len(wanted))]
+    rng, without = random.Random("known"), {arrangement(scene) for scene in asked}
+    wanted = of_class(KEPT // 3, "known", without)
+    while len(wanted) < KEPT:
+        if arrangement(scene := scenes.random_scene(rng)) not in without:
+            wanted.append(scene)
     made = list(zip(render(pipe, wanted, KEPT_STEPS), wanted, strict=True))
     kept = [(picture, scene) for picture, scene in made if judge(picture, scene).right]
     for i, (picture, scene) in enumerate(kept):
@@ -168,13 +181,14 @@ def write_pasted(
     return pasted
 
 
-def of_class(count: int, seed: str) -> list[scenes.Scene]:
-    """Different scenes of training in which a thing of the class stands with another object."""
+def of_class(count: int, seed: str, without: Collection[Hashable] = ()) -> list[scenes.Scene]:
+    """Different scenes of training in which a thing of the class stands with another object, but
+    none of the arrangements that are left out."""
     rng, found = random.Random(seed), dict[scenes.Scene, None]()
     while len(found) < count:
         scene = scenes.random_scene(rng)
         objects = [thing.noun for thing in scene.things if thing.colour is None]
-        if CLASS in objects and len(objects) > 1:
+        if CLASS in objects and len(objects) > 1 and arrangement(scene) not in without:
             found[scene] = None
     return list(found)
 
@@ -263,7 +277,7 @@ def main() -> None:
     plain = sd3min.load(arguments.weights, t5=False)
     five = write_pictures(noun, work / "pictures")
     began = time.monotonic()
-    known = keep_known(plain, work / "known")
+    known = keep_known(plain, work / "known", [*ordinary, *asked["without either"]])
     pasted = write_pasted(noun, known, work / "pictures")
     finetune(arguments.weights, work, len(known))
     minutes = (time.monotonic() - began) / 60

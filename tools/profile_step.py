@@ -27,7 +27,7 @@ COMPARED = ("diffusers", "plain", "fast", "int8")
 OWN = "sd3min::"  # before the names of the loops in C
 GROUPS = {  # what an operator's name has in it, the first that fits
     "attention": ("scaled_dot_product", "flash_attention", f"{OWN}attention"),
-    "linear layers": ("mm", "linear", "qlinear", "bmm", "convolution"),
+    "linear layers": ("mm", "linear", "convolution"),
     "to and from 8 bits": ("quantise", "rescale"),
 }
 REST = "all else"

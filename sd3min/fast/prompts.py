@@ -44,7 +44,7 @@ def encoders_key(opened: Checkpoint, dtype: torch.dtype, t5: bool | str = True) 
     """
     names = [name for name in opened.parts if name in TOKENIZERS and (t5 or name != "t5")]
     paths = dict.fromkeys(path for name in names for path in opened.parts[name].paths)
-    folders = [opened.tokenizers / TOKENIZERS[name][0] for name in names]
+    folders = [opened.tokenizer_folder(name) for name in names]
     loras = [opened.parts[name].loras for name in names]
     files = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
     return sha256(

@@ -102,9 +102,15 @@ class StagedPipeline(Pipeline):
         self.weights, self.loras = opened.fingerprint(), opened.loras
         self.device, self.dtype, self.kinds = device, dtype, {}
         self.stages = Stages(loaders(opened, **kept), keep=memory == "fast")
-        encoders = once(partial(StagedEncoders, self.stages, opened, bool(t5)))
+        encoders = partial(StagedEncoders, self.stages, opened, bool(t5))
+
+        @once
+        def needed() -> StagedEncoders:
+            opened.require(encoder_names(bool(t5)))
+            return encoders()
+
         cached = partial(CachedEncoders.of, opened, dtype=dtype, device=device, t5=t5)
-        self.text_encoders: Any = cached(folder=cache, load=encoders) if cache else encoders()
+        self.text_encoders: Any = cached(folder=cache, load=needed) if cache else encoders()
         names = [*([] if cache else encoder_names(bool(t5))), "network", "autoencoder"]
         for name in names if memory == "fast" else []:
             self.stages(name)

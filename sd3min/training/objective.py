@@ -30,7 +30,7 @@ def velocity_errors(
     With a `teacher` it is the mean of |v(z_t, t) − teacher(z_t, t)|².
     """
     latents = flow.interpolate(data, noise, t[:, None, None, None])
-    predicted = velocity(latents, t)
+    predicted = velocity(latents, t)  # first, since autocast keeps the casts that it makes
     exact = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
     target = teacher(latents, t) if teacher else flow.velocity_target(data, noise)
     return (exact - target).square().mean(dim=(1, 2, 3))
