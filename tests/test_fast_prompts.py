@@ -209,9 +209,7 @@ def test_a_cache_of_opened_files_is_theirs(opened, encoders, tmp_path):
 
 
 def test_tokenizers_that_are_not_there_are_refused_with_a_cache_too(opened, tmp_path):
-    with pytest.raises(
-        Refusal, match=r"is not CLIP-L's tokenizer of .* name the folder"
-    ):
+    with pytest.raises(Refusal, match=r"is not CLIP-L's tokenizer of .* name the folder"):
         sd3min.load(opened.path, tokenizers=tmp_path, memory="resident", cache=tmp_path / "cache")
 
 
