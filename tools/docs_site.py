@@ -284,4 +284,4 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Put tables where a page asks for them; a page alone in its tab needs no list of pages."""
     if page.file.src_uri in ("index.md", "paper.md"):
         page.meta["hide"] = ["navigation"]
-    return re.sub(r"<!-- table: ([\w-]+) -->", lambda found: TABLES[found[1]](), markdown)
+    return re.sub(r"<!-- table: ([\w-]+) -->.*", lambda found: TABLES[found[1]](), markdown)
