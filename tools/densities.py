@@ -205,6 +205,7 @@ def plot(results: dict, path: Path) -> None:
         names = list(results["ranks"]) if panel is panels[0] else []
         panel.set_yticks(range(len(names)), names)
         panel.invert_yaxis()
+        panel.locator_params(axis="x", nbins=4)
     for density in results["ranks"]:
         losses = [run["validation"] for run in results["runs"] if run["density"] == density]
         means = torch.tensor(losses).mean(dim=0)
