@@ -127,6 +127,12 @@ class CosMap:
         return 2 / (math.pi * (1 - 2 * t + 2 * t**2))
 
 
+def check_shift(shift: float) -> None:
+    """Refuse a shift that is no monotone map of [0, 1]."""
+    if not 0 < shift < math.inf:
+        raise Refusal(f"shift {shift} is not a number above 0")
+
+
 @dataclass(frozen=True)
 class Shifted:
     """Another density's times after the resolution shift (paper §5.3.2, Eq. 23)."""
@@ -135,9 +141,8 @@ class Shifted:
     shift: float
 
     def __post_init__(self) -> None:
-        """Refuse a shift that is no monotone map of [0, 1]."""
-        if not 0 < self.shift < math.inf:
-            raise Refusal(f"shift {self.shift} is not a number above 0")
+        """Refuse a shift that is none."""
+        check_shift(self.shift)
 
     def sample(self, count: int, generator: Generator) -> Float[Tensor, " count"]:
         """t = shift(u), u drawn from the density."""

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+LONGEST = 255 - 15  # bytes of a name that `whole` has room for beside its own, on most systems
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:

@@ -147,7 +147,8 @@ class Gallery:
         if not missing:
             return
         if processes > 1 and torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+            own_rank = int(os.environ.get("LOCAL_RANK", rank))
+            torch.cuda.set_device(own_rank % torch.cuda.device_count())
         pipe = load()
         quiet = rank > 0 or not sys.stderr.isatty()
         done = len(own) - len(missing)

@@ -1,6 +1,7 @@
 """The command `sd3min generate`: pictures of prompts, of pictures, and of pictures' own records."""
 
 import argparse
+import os
 import re
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from typing import Any
 from sd3min import checkpoint, flow, gallery, loading, options, pipeline
 from sd3min.config import Refusal
 from sd3min.conventions import CONVENTIONS, WITHOUT_T5
+from sd3min.files import LONGEST
 from sd3min.lora import merged
 from sd3min.record import Record, current_versions, pixel_hash, read_record
 from sd3min.settings import check_call
@@ -112,8 +114,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def targets(out: Path | None, prompt: str, count: int) -> list[Path]:
     """A file name for every picture, each of which can be written."""
-    name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "picture"
-    out = out or Path(f"{name}.png")
+    name = re.sub(r"\W+", "-", prompt.lower()).strip("-").encode()[:60].decode(errors="ignore")
+    out = out or Path(f"{name or 'picture'}.png")
     if count > MOST_PICTURES:
         raise Refusal(f"{count} pictures are too many for one run: ask for {MOST_PICTURES} at most")
     if out.suffix.lower() != ".png":
@@ -127,6 +129,8 @@ def targets(out: Path | None, prompt: str, count: int) -> list[Path]:
         raise Refusal(f"--out {out} cannot be written ({reason}): pass another") from None
     if folder:
         raise Refusal(f"--out {folder} is a folder: pass the name of a PNG")
+    if len(os.fsencode(paths[-1].name)) > LONGEST:
+        raise Refusal(f"--out {out} is too long a name: pass one of {LONGEST} bytes at most")
     return paths
 
 
@@ -219,7 +223,7 @@ def run_gallery(arguments: argparse.Namespace) -> None:
         "init_image": pixel_hash(call["init_image"]),
         "mask_image": pixel_hash(call["mask_image"], "L"),
         "t5": t5,
-        **({"mmdit": arguments.mmdit} if arguments.mmdit else {}),
+        "mmdit": arguments.mmdit,
         "dtype": str(dtype).removeprefix("torch."),
         "weights": opened.fingerprint(),
         "loras": [list(lora) for lora in opened.loras],

@@ -153,6 +153,7 @@ def options(text):
         ("--text-encoders model.safetensors", "model.safetensors holds no text encoder"),
         ("--tokenizers none", "none/tokenizer is not CLIP-L's tokenizer"),
         ("--tokenizers folder.png", "folder.png/tokenizer is not CLIP-L's tokenizer"),
+        (f"--out {'ü' * 119}.png", "is too long a name: pass one of 240 bytes at most"),
         ("--foo", "unrecognized arguments: --foo"),
     ],
 )
@@ -237,6 +238,8 @@ def test_a_picture_records_what_made_it(here, capsys):
         ("A red/../star.", "a-red-star.png"),
         ("ümlaut ★", "ümlaut.png"),
         ("x" * 500, "x" * 60 + ".png"),
+        ("★" + "ü" * 500, "ü" * 30 + ".png"),
+        ("猫" * 500, "猫" * 20 + ".png"),
     ],
 )
 def test_a_picture_is_named_after_its_prompt_and_an_empty_prompt_is_a_prompt(prompt, name, here):

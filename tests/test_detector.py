@@ -287,7 +287,7 @@ def test_each_fault_is_reported_by_its_name():
 
 def test_relations_follow_the_axis_that_parts_the_centres_most():
     def found(x: float, y: float) -> detector.Found:
-        return detector.Found("cat", None, (x, y), 100.0, 0.0)
+        return detector.Found("cat", None, (x, y), 100.0, 0.0, detector.Box(0, 10, 0, 10))
 
     middle = found(50, 50)
     for relation, (x, y) in zip(RELATIONS, [(60, 20), (40, 90), (10, 80), (85, 20)], strict=True):
@@ -300,6 +300,7 @@ def test_found_things_are_where_they_were_painted():
     scenes.paint(picture, Thing("square", "green"), (40, 80, 40))
     (found,), background = detector.find(picture)
     assert (found.colour, found.noun, background) == ("green", "square", "white")
+    assert found.box == pytest.approx((60, 100, 20, 60), abs=4)
     assert found.centre == pytest.approx((40, 80), abs=1)
     assert found.area == pytest.approx(1600, rel=0.08)
     assert found.distance < 0.1

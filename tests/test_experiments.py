@@ -55,7 +55,7 @@ def test_the_five_pictures_have_five_places_and_grounds_and_nothing_that_is_held
     assert not asked & set(known)  # which would only be remembered
 
 
-@pytest.mark.parametrize("noun", ["robot", "teapot"])
+@pytest.mark.parametrize("noun", scenes.UNSEEN_OBJECTS)
 def test_the_object_is_cut_out_without_its_ground_and_with_what_is_seen_through_it(
     dreambooth, noun
 ):

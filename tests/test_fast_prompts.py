@@ -182,12 +182,12 @@ def test_a_folder_that_takes_nothing_costs_a_warning_and_no_picture(make, encode
 
 
 def test_the_key_is_that_of_files_tokenizers_and_type(opened, tmp_path):
-    def key(dtype=torch.float32, t5=True):
-        return encoders_key(Checkpoint.open(tmp_path / "copy"), dtype, t5)
+    def key(dtype=torch.float32, t5=True, device="cpu"):
+        return encoders_key(Checkpoint.open(tmp_path / "copy"), dtype, t5, device)
 
     shutil.copytree(opened.path.parent, tmp_path / "copy")
-    keys = [key(), key(torch.bfloat16), key(t5=False), key(t5="int8")]
-    assert len(set(keys)) == 4
+    keys = [key(), key(torch.bfloat16), key(t5=False), key(t5="int8"), key(device="cuda")]
+    assert len(set(keys)) == 5
     assert key() == keys[0] == encoders_key(opened, torch.float32)
     vocabulary = next((tmp_path / "copy" / "tokenizer_2").glob("*.json"))
     original = vocabulary.read_text()

@@ -184,6 +184,11 @@ def test_the_table_of_options_has_each_once():
         (["--full", "--dtype", "float16"], "leave --dtype out with --full"),
         (["--resume_from_checkpoint", "checkpoint-5"], "name its folder with --out"),
         (["--dataset", "x"], "with either --data FOLDER or --dataset NAME"),
+        (["--targets", "proj, nothing"], "target nothing is the end of no layer's name"),
+        (["--full", "--targets", "proj"], "--targets and --alpha are a LoRA's"),
+        (["--full", "--alpha", "1"], "--targets and --alpha are a LoRA's"),
+        (["--data", ".", "--out", "made"], "--out made lies in --data ., whose pictures are all"),
+        (["--data", ".", "--validation-data", "v"], "--validation-data v lies in --data ."),
         (["--data", "nowhere"], "nowhere is not a folder of pictures"),
         (["--validation-data", "nowhere"], "nowhere is not a folder of pictures"),
     ],
@@ -417,6 +422,10 @@ def test_all_stages_of_a_small_plan_make_a_model_that_draws(tmp_path, capsys):
         ),
         ("t5_length = 24", "t5_length = 16", "t5_length of 16 must be 24, the longest caption's"),
         ("depth = 1", "depth 1", "is not TOML"),
+        ("training_shift = 3.0", "training_shift = 0.0", "shift 0.0 is not a number above 0"),
+        ("guidance_scale = 2.0", "guidance_scale = nan", "guidance"),
+        ("height = 128\nsteps = 2", "height = 128\nsteps = 0", "steps 0 is not"),
+        ("width = 128\nmlp_width", "width = 64\nmlp_width", "t5.width of 64 has no room for both"),
     ],
 )
 def test_a_wrong_plan_is_one_sentence(old, new, words, tmp_path, capsys):

@@ -106,6 +106,20 @@ def test_what_encoders_are_told_otherwise_is_never_held_out(told):
     assert other > 300  # half of the scenes have one thing, and no relation
 
 
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ("a red circle left of a blue circle on sky", True),
+        ("a red circle left of a cat and above a blue circle on sky", True),
+        ("a red circle left of a cat and above a blue star on sky", False),
+    ],
+)
+def test_two_of_a_kind_keep_their_colours(words, kept):
+    scene, rng = captions.parse(words), random.Random(0)
+    heard = {text_to_image.recoloured(scene, rng) for _ in range(20)}
+    assert (heard == {scene}) == kept
+
+
 def test_a_longest_caption_fits_the_text_encoders(tmp_path):
     rng = random.Random(0)
     words = max((captions.worded(scenes.random_scene(rng), rng) for _ in range(3000)), key=len)
@@ -132,6 +146,10 @@ def test_parts_of_a_batch_are_learnt_from_as_the_whole(tmp_path):
             halves = [task(3, slice(i, i + 2)).values for i in (0, 2)]
         torch.testing.assert_close(torch.cat(halves), whole, rtol=1e-4, atol=1e-5)
         assert whole.shape == (4,) and len(set(whole.tolist())) == 4
+    other = text_to_image.TextToImage(flow.mmdit, encoders, latents, 4, 3.0, seed=1)
+    other.compiled = other.mmdit
+    with torch.no_grad():  # weights that learn on see other draws, step by step
+        assert not torch.equal(other.eval()(3, slice(0, 4)).times, flow(3, slice(0, 4)).times)
 
 
 def test_a_step_of_the_flow_reaches_every_weight_but_t5s(tmp_path):

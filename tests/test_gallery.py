@@ -239,6 +239,7 @@ def foreign(path, text=None):
         (lambda: None, ("--negative", "x"), "negative_prompt '', not 'x'"),
         (lambda: None, ("--no-t5",), "is there with t5 True, not False"),
         (lambda: None, ("--dtype", "bfloat16"), "with dtype 'float32', not 'bfloat16'"),
+        (lambda: None, ("--mmdit", "int8", "--memory", "resident"), "mmdit None, not 'int8'"),
         (lambda: None, ("--num-images", "2"), "with prompt 'a blue circle', not 'a red star'"),
         (lambda: other_weights(), (), "000000.png is there with weights '"),
         (lambda: foreign("out/000004.png"), (), "000004.png is there with prompt None, not 'a"),
@@ -380,10 +381,11 @@ def test_a_process_of_no_number_is_refused(rank, size, here, monkeypatch, capsys
     assert not Path("out").exists()
 
 
-def test_processes_of_one_machine_use_a_gpu_each(tmp_path, monkeypatch):
+def test_processes_of_one_machine_share_its_gpus(tmp_path, monkeypatch):
     chosen = []
     monkeypatch.setattr(gallery.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gallery.torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(gallery.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "3")
 
     class Loaded(Exception):
@@ -396,7 +398,7 @@ def test_processes_of_one_machine_use_a_gpu_each(tmp_path, monkeypatch):
     for processes in (1, 8):
         with pytest.raises(Loaded):
             made.make(load, {}, 1, 0, processes)
-    assert chosen == [3]
+    assert chosen == [1]
 
 
 def test_a_manifest_that_cannot_be_written_is_refused(here, model, monkeypatch, capsys):

@@ -205,6 +205,13 @@ def test_an_unknown_scheme_is_refused(made):
         made("min_snr")
 
 
+@pytest.mark.parametrize("name", ["paper", "diffusers", "kohya"])
+def test_a_shift_that_maps_no_times_is_refused(name):
+    for shift in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(Refusal, match=rf"shift {shift} is not a number above 0"):
+            OBJECTIVES[name](shift=shift)
+
+
 def test_a_mode_scale_counts_in_its_scheme_alone():
     assert OBJECTIVES["diffusers"]("mode", mode_scale=1.0).times.density == Mode(1.0)
     with pytest.raises(Refusal, match=r"mode scale 2\.0"):

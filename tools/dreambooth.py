@@ -89,8 +89,8 @@ def write_pictures(noun: str, folder: Path) -> list[Image.Image]:
 
 def square(picture: Image.Image, noun: str) -> tuple[int, int, int, int]:
     """The square of a picture in which the one thing of this noun stands."""
-    ((x, y),) = (thing.centre for thing in find(picture)[0] if thing.noun == noun)
-    left, top = round(x) - SIDE // 2, round(y) - SIDE // 2
+    (box,) = (thing.box for thing in find(picture)[0] if thing.noun == noun)
+    left, top = ((start + end - SIDE) // 2 for start, end in (box[2:], box[:2]))
     return left, top, left + SIDE, top + SIDE
 
 

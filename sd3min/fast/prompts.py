@@ -38,9 +38,11 @@ def sha256(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def encoders_key(opened: Checkpoint, dtype: torch.dtype, t5: bool | str = True) -> str:
+def encoders_key(
+    opened: Checkpoint, dtype: torch.dtype, t5: bool | str = True, device: str = "cpu"
+) -> str:
     """What the text encoders of opened files are known by: samples of those files, all of their
-    tokenizers', the type and the LoRAs; `t5` may name a type of its own.
+    tokenizers', the type, the LoRAs and the kind of device; `t5` may name a type of its own.
     """
     names = [name for name in opened.parts if name in TOKENIZERS and (t5 or name != "t5")]
     paths = dict.fromkeys(path for name in names for path in opened.parts[name].paths)
@@ -55,6 +57,7 @@ def encoders_key(opened: Checkpoint, dtype: torch.dtype, t5: bool | str = True) 
         str(dtype),
         t5,
         *([loras] if any(loras) else []),
+        *([device] if device != "cpu" else []),
     )
 
 
@@ -140,7 +143,8 @@ class CachedEncoders:
         """A cache for the encoders of opened files, which `load` may load in its own way."""
         load = load or partial(opened.load_text_encoders, dtype, torch.device(device), bool(t5))
         lengths = opened.defaults.t5_length, opened.parts["clip_l"].config.length
-        return cls(load, folder, encoders_key(opened, dtype, t5), bool(t5), *lengths, device)
+        key = encoders_key(opened, dtype, t5, torch.device(device).type)
+        return cls(load, folder, key, bool(t5), *lengths, device)
 
     def encode(
         self,

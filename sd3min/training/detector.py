@@ -5,7 +5,6 @@ and stretched so that its middle and its area are always the same, and is compar
 that it could be: every coloured shape and every object, drawn on the same background.
 """
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Collection
@@ -60,17 +59,23 @@ class Box(NamedTuple):
         (top, left), (bottom, right) = starts, ends
         return Box(top, bottom, left, right)
 
+    def wider(self, margin: int) -> "Box":
+        """The box with a margin, where a picture begins at 0."""
+        top, left = (max(start - margin, 0) for start in self[::2])
+        return Box(top, self.bottom + margin, left, self.right + margin)
+
 
 @dataclass(frozen=True)
 class Found:
-    """One part of a picture. Centre (x, y) and area are in pixels; the distance to the nearest
-    template is 0 for its equal and 1 for an empty place."""
+    """One part of a picture. Centre (x, y) of its area, area and box are in pixels; the distance to
+    the nearest template is 0 for its equal and 1 for an empty place."""
 
     noun: str
     colour: str | None
     centre: tuple[float, float]
     area: float
     distance: float
+    box: Box
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,7 @@ def _compare(canvases: np.ndarray, templates: np.ndarray) -> np.ndarray:
 
 
 def _describe(
+    box: Box,
     pixels: np.ndarray,
     relief: np.ndarray,
     counts: np.ndarray,
@@ -224,14 +230,15 @@ def _describe(
 ) -> Found:
     """Say what one part is. One that is no thing may still have the colour of a shape."""
     things, templates = known
-    centre, area, canvases = _lay_out(relief, counts, SCALES)
+    (x, y), area, canvases = _lay_out(relief, counts, SCALES)
+    centre = box.left + x, box.top + y
     distances = _compare(canvases, templates)
     best, second = distances.argsort()[:2]
     distance = float(distances[best])
     if distance <= FARTHEST and distance <= MARGIN * distances[second]:
-        return Found(things[best].noun, things[best].colour, centre, area, distance)
+        return Found(things[best].noun, things[best].colour, centre, area, distance, box)
     colour, away = _nearest(np.median(pixels[counts > 0.5], axis=0), COLOURS)
-    return Found(UNKNOWN, colour if away <= COLOUR_DISTANCE else None, centre, area, distance)
+    return Found(UNKNOWN, colour if away <= COLOUR_DISTANCE else None, centre, area, distance, box)
 
 
 def find(image: Image.Image, extra: Collection[str] = ()) -> tuple[list[Found], str]:
@@ -242,12 +249,10 @@ def find(image: Image.Image, extra: Collection[str] = ()) -> tuple[list[Found], 
     known = _templates(background, tuple(extra))
     found = []
     for part in _parts(counts):
-        top, left = max(part.top - BLOCK, 0), max(part.left - BLOCK, 0)
-        inside = slice(top, part.bottom + BLOCK), slice(left, part.right + BLOCK)
+        box = part.wider(BLOCK)
+        inside = slice(box.top, box.bottom), slice(box.left, box.right)
         if counts[inside].sum() >= MINIMUM_AREA * counts.size:
-            here = _describe(pixels[inside], relief[inside], counts[inside], known)
-            x, y = here.centre
-            found.append(dataclasses.replace(here, centre=(left + x, top + y)))
+            found.append(_describe(box, pixels[inside], relief[inside], counts[inside], known))
     return found, background
 
 

@@ -58,8 +58,8 @@ class Drawn(NamedTuple):
 
 
 def wordings(caption: str) -> list[str]:
-    """The lines of a caption; of an empty one itself."""
-    return caption.splitlines() or [""]
+    """The lines of a caption in which something is; "" where there is none."""
+    return [line for line in caption.split("\n") if line.strip()] or [""]
 
 
 def draw(material: Material, step: int, size: int, seed: int) -> Drawn:

@@ -113,6 +113,7 @@ def train_flow(
     autoencoder: Autoencoder,
     mmdit: MMDiT,
     encoders: TextEncoders,
+    seed: int,
     tensorboard: bool,
 ) -> None:
     """MMDiT and both CLIPs together, on latents encoded once; the others stay as they are."""
@@ -122,7 +123,8 @@ def train_flow(
     recipe = plan.recipes["flow"]
     with PartialState().main_process_first():
         latents = text_to_image.Latents(autoencoder, plan.pictures, work)
-    task = text_to_image.TextToImage(mmdit, encoders, latents, recipe.batch, plan.training_shift)
+    shift = plan.training_shift
+    task = text_to_image.TextToImage(mmdit, encoders, latents, recipe.batch, shift, seed)
     validation = text_to_image.Validation(autoencoder)
 
     def look(step: int) -> dict[str, float]:
@@ -161,6 +163,7 @@ def train(
             records.settle(work / "plan.json", identity(plan, start))
         autoencoder, encoders = Autoencoder(plan.autoencoder), make_encoders(plan, work)
     mmdit = make_mmdit(plan, encoders)
+    seed = 0  # of the flow's draws, others than those that weights to start from have learnt from
     models = {name: getattr(encoders, name) for name in ("clip_l", "clip_g", "t5")}
     modules = {"mmdit": mmdit, "autoencoder": autoencoder, **models}
     if start is None:
@@ -170,8 +173,9 @@ def train(
         fit(lesson, recipe, work / "reading", tensorboard=tensorboard)
     else:
         take_over(start, work, modules)
-    train_flow(plan, work, autoencoder, mmdit, encoders, tensorboard)
-    path = out / f"{out.name}.safetensors"
+        seed = int(Checkpoint.open(start).fingerprint()[:12], 16)
+    train_flow(plan, work, autoencoder, mmdit, encoders, seed, tensorboard)
+    path = out / f"{out.resolve().name}.safetensors"
     if state.is_main_process:
         assemble(path, plan, work, modules)
     state.wait_for_everyone()

@@ -12,7 +12,16 @@ from torch import Generator, Tensor
 
 from sd3min import flow
 from sd3min.config import Refusal
-from sd3min.densities import CosMap, Density, LogitNormal, Mode, Shifted, Times, Uniform
+from sd3min.densities import (
+    CosMap,
+    Density,
+    LogitNormal,
+    Mode,
+    Shifted,
+    Times,
+    Uniform,
+    check_shift,
+)
 
 SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")  # of diffusers and kohya
 VALIDATION_TIMES = 8
@@ -92,6 +101,10 @@ class CountedDown:
     density: Density
     shift: float
 
+    def __post_init__(self) -> None:
+        """Refuse a shift that is none."""
+        check_shift(self.shift)
+
     def sample(self, count: int, generator: Generator) -> Float[Tensor, " count"]:
         """σ of entry ⌊1000·u⌋ of the scheduler's table, which falls from 1."""
         index = (flow.TRAINED_TIMES * self.density.sample(count, generator)).long()
@@ -104,6 +117,10 @@ class CountedUp:
 
     density: Density
     shift: float
+
+    def __post_init__(self) -> None:
+        """Refuse a shift that is none."""
+        check_shift(self.shift)
 
     def sample(self, count: int, generator: Generator) -> Float[Tensor, " count"]:
         """σ = ⌊1000·shift(u)⌋ / 1000."""

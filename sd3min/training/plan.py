@@ -11,9 +11,12 @@ from sd3min.config import (
     AutoencoderConfig,
     CLIPConfig,
     Defaults,
+    MMDiTConfig,
     Refusal,
     T5Config,
 )
+from sd3min.densities import check_shift
+from sd3min.settings import check_call
 from sd3min.training import captions, records, scenes
 from sd3min.training.recipe import Recipe
 
@@ -59,11 +62,15 @@ class Plan:
             if misnamed := told.keys() & {"vocabulary", "length"}:
                 raise Refusal(f"{name} has {', '.join(misnamed)}, which the tokenizers decide")
             filled(kind, {"vocabulary": 1, **told}, f"{name}.")
+        check_shift(self.training_shift)
+        check_call(MMDiTConfig(self.depth), self.defaults, "")
         sizes = {"depth": self.depth, "pictures": self.pictures, "look_every": self.look_every}
         sizes |= {f"{part}.{n}": v for part in ("clip", "t5") for n, v in vars(self)[part].items()}
         for name, value in sizes.items():
             if value < 1:
                 raise Refusal(f"{name} of {value} must be at least 1")
+        if 2 * self.clip["width"] > self.t5["width"]:
+            raise Refusal(f"t5.width of {self.t5['width']} has no room for both CLIPs' columns")
 
     def check_pictures(self) -> None:
         """Refuse defaults and an autoencoder that do not fit the scenes that are drawn."""

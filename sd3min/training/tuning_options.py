@@ -63,7 +63,7 @@ def chosen_tuning(arguments: argparse.Namespace, shift: float) -> Tuning:
     return Tuning(
         rank=None if arguments.full else arguments.rank,
         alpha=arguments.alpha,
-        targets=arguments.targets.split(",") if arguments.targets else None,
+        targets=re.split(r"\s*,\s*", arguments.targets.strip()) if arguments.targets else None,
         clips=arguments.train_clips,
         faster=arguments.word_rate / arguments.rate
         if arguments.word_rate and arguments.rate
@@ -135,6 +135,15 @@ def check(arguments: argparse.Namespace) -> None:
         raise Refusal("--prior network goes with --class-data and a LoRA, which can be left out")
     if not 0 <= arguments.prior_weight < math.inf:
         raise Refusal(f"a prior weight of {arguments.prior_weight} is not a number of 0 or more")
+    if arguments.full and (arguments.targets or arguments.alpha is not None):
+        raise Refusal("--targets and --alpha are a LoRA's: leave them or --full out")
+    for name in ("out", "class_data", "validation_data") if arguments.data else ():
+        folder = getattr(arguments, name)
+        if folder and folder.resolve().is_relative_to(arguments.data.resolve()):
+            raise Refusal(
+                f"--{name.replace('_', '-')} {folder} lies in --data {arguments.data}, whose "
+                "pictures are all learnt: pass a folder beside it"
+            )
     if arguments.word and arguments.full:
         raise Refusal("--word goes with a LoRA: leave --full out")
     if not arguments.word and (arguments.word_like or arguments.word_rate is not None):
