@@ -270,6 +270,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
     record = read_record(arguments.like) if arguments.like else None
     call: dict[str, Any] = record.call if record else {}
     call = call | given_call(arguments)
+    if arguments.steps is not None:
+        call.pop("sigmas", None)  # of a record, which stand in the place of steps
     if "prompt" not in call:
         raise Refusal("the following arguments are required: prompt (see sd3min generate --help)")
     call |= given_pictures(arguments, record)
@@ -281,7 +283,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
     memory, mmdit = arguments.memory, arguments.mmdit
     if record:
         dtype, mmdit = dtype or record.dtype, mmdit or record.mmdit
-        t5 = record.t5 if record.t5 is False or (record.t5 and t5 is True) else t5
+        told = arguments.t5 or arguments.no_t5 or record.t5 is None
+        t5 = t5 if told else record.t5
         memory = memory or ("resident" if mmdit else None)  # as kinds of network need
     opened = open_weights(arguments, bool(t5))
     check_call(opened.parts["mmdit"].config, opened.defaults, **call)

@@ -110,6 +110,19 @@ def test_options_override_the_record(here):
     assert run("--like one.png --num-images 2 --out many.png") == 0
     seeds = [sd3min.read_record(f"many-0{i}.png").call["seed"] for i in range(2)]
     assert seeds == [5, 6]
+    assert run("--like one.png --no-t5 --out without.png") == 0
+    assert run("--like without.png --t5 int8 --out eight.png") == 0
+    assert [sd3min.read_record(f"{n}.png").t5 for n in ("without", "eight")] == [False, "int8"]
+
+
+def test_steps_override_a_records_times(here):
+    call = {"seed": 5, "progress": False}
+    pipe = sd3min.load("small.safetensors")
+    sd3min.save(pipe(PROMPT, sigmas=[1.0, 0.5], **call)[0], "one.png")
+    sd3min.save(pipe(PROMPT, steps=3, **call)[0], "two.png")
+    assert run("--like one.png") == 0 and same_pixels("one.png", "one-again.png")
+    assert run("--like one.png --steps 3 --out three.png") == 0
+    assert same_pixels("two.png", "three.png") and not same_pixels("one.png", "three.png")
 
 
 @pytest.mark.parametrize("mask", ["", "--mask mask.png", "--mask mask.png --no-keep-unmasked"])

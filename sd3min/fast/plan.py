@@ -21,7 +21,6 @@ HEAD = ("stage", "weights", "mapped", "working", "type", "weights are")
 STRIPS = 1.75  # of the widest channels at full size, when it decodes in strips, measured
 MAPS = 6  # of the widest channels at full size that decoding holds at once, measured
 PARTS = 6  # of a stream's modulation, whose weights are there for a moment
-RUNS = ("for runs", "int8 for runs")
 WAYS = {
     "plain": "whole",
     "for runs": "whole, without modulation",
@@ -140,13 +139,15 @@ def held(part: Part, dtype: torch.dtype, device: torch.device, how: str) -> tupl
         count = shape.numel() * kept.itemsize
         if name == DERIVED["t5"] or (layer and how != "plain" and MODULATION in name):
             continue  # another name of a table; what is read when it is needed
+        if how == "strips" and name.endswith("upsample.conv.weight"):
+            count = count * 16 // 9  # four convolutions of 2x2 for one of 3x3
         if how == "streamed" and layer:
             layers[layer[0], layer[1]] += count
         elif how == "mapped" and IN_PLACE.match(name):
             blocks[name.split(".")[1]] += sum(piece.bytes for piece in part.tensors[name].pieces)
         elif how == "streamed" and name.removesuffix(".weight") in TABLES.get(part.name, ()):
             continue  # looked up in the file
-        elif fits(part, name, kept, device) and not (layer and how in RUNS) and how != "mapped":
+        elif fits(part, name, kept, device) and not rewritten(name, shape, layer, how, dtype):
             mapped += count
         else:
             own += count
@@ -164,6 +165,19 @@ def fits(part: Part, name: str, kept: torch.dtype, device: torch.device) -> bool
     if kept == KEPT["fp8"]:  # whose scale, if it has one, is kept beside it
         return stored.dtype.startswith("F8")
     return not stored.scale and TYPES[stored.dtype] == kept
+
+
+def rewritten(
+    name: str, shape: torch.Size, layer: re.Match[str] | None, how: str, dtype: torch.dtype
+) -> bool:
+    """Whether a way writes a tensor anew that it could use where it is: a decoder in the order of
+    channels, or a product's weights in oneDNN's order.
+    """
+    if how == "strips":
+        return name.startswith("decoder.")
+    if how == "for runs":
+        return bool(layer) and len(shape) == 2 and dtype == torch.bfloat16
+    return how == "mapped"
 
 
 def working(part: Part, settings: Settings, batch: int, how: str) -> int:
