@@ -36,6 +36,7 @@ from sd3min.training.commands import add_finetune, add_train
 def make_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     parser = options.Parser(prog="sd3min", description="Stable Diffusion 3, small enough to read.")
+    parser.set_defaults(smaller="pass a smaller --size, fewer images or --dtype bfloat16")
     commands = parser.add_subparsers(metavar="command", parser_class=options.Parser)
     add_generate(commands.add_parser("generate", help="make pictures of prompts"))
     add_inspect(commands.add_parser("inspect", help="say what a file holds"))
@@ -262,7 +263,12 @@ def run(arguments: Sequence[str] | None) -> int:
         raise Refusal("no command was given: see sd3min --help")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of a file name that it cannot show
-    code = parsed.run(parsed) or 0
+    try:
+        code = parsed.run(parsed) or 0
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise
+        raise Refusal(f"the memory does not suffice: {parsed.smaller}") from error
     sys.stdout.flush()
     return code
 
@@ -283,8 +289,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # nobody reads on: what is left to print goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "allocate" not in str(error):
-            raise
-        say("the memory does not suffice: pass a smaller --size, fewer images or --dtype bfloat16")
-        return 2

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from sd3min import cli, generate
 from sd3min.options import open_image
+from sd3min.training import commands
 
 GOOD = ["generate", "a red star", "--weights", "small.safetensors", "--out", "out.png"]
 QUICK = ["--steps", "1", "--seed", "1"]
@@ -313,6 +314,11 @@ def test_memory_that_does_not_suffice_is_one_sentence(error, here, capsys, monke
 
     monkeypatch.setattr(cli.pipeline.Pipeline, "start", fail)
     assert "memory does not suffice: pass a smaller --size" in refused(GOOD, here, capsys)
+    monkeypatch.setattr(commands, "require_packages", fail)
+    line = refused(["finetune", "--out", "tuned"], here, capsys)
+    assert "does not suffice: pass a smaller --resolution or --batch" in line
+    line = refused(["train", "--work", "work"], here, capsys)
+    assert "does not suffice: give the plan smaller batches" in line
 
 
 def test_explain_prints_every_choice_with_what_it_changes_and_why(here, capsys):

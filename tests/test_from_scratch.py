@@ -61,6 +61,19 @@ def test_every_word_of_a_caption_is_one_token(tmp_path):
         assert len(t5(word).input_ids) == len(t5(word.capitalize()).input_ids) == 2
 
 
+def test_tokenizers_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def stop(folder, length):
+        folder.mkdir()
+        (folder / "tokenizer_config.json").write_text("{")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(vocabulary, "save_t5", stop)
+        vocabulary.save_tokenizers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer", "tokenizer_2"]
+    assert small.tokenizers(tmp_path)[2]("cat").input_ids
+
+
 def test_the_end_of_clips_text_has_the_largest_id(tmp_path):
     for tokenizer in small.tokenizers(tmp_path)[:2]:
         ids = tokenizer("a red circle").input_ids

@@ -21,7 +21,7 @@ DENSITY = "logit-normal"  # of times, where none is asked for
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     """The options of `sd3min train`."""
-    parser.set_defaults(run=run_train)
+    parser.set_defaults(run=run_train, smaller="give the plan smaller batches")
     plan = "TOML file that says what to train and how (default: that of sd3-tiny)"
     parser.add_argument("plan", type=Path, nargs="?", metavar="PLAN", help=plan)
     work = "folder of the checkpoints, from which a stopped run goes on"
@@ -48,7 +48,8 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 def add_finetune(parser: argparse.ArgumentParser) -> None:
     """The options of `sd3min finetune`."""
-    parser.set_defaults(run=run_finetune)
+    smaller = "pass a smaller --resolution or --batch, or --gradient-checkpointing"
+    parser.set_defaults(run=run_finetune, smaller=smaller)
     add_material(parser)
     add_tuning(parser)
     add_course(parser)

@@ -57,8 +57,7 @@ def identity(plan: Plan, start: Path | None) -> dict[str, Any]:
 
 def make_encoders(plan: Plan, work: Path) -> TextEncoders:
     """Tokenizers of the captions' words, and encoders of their vocabularies' sizes."""
-    if not (work / vocabulary.FOLDERS[-1]).exists():
-        vocabulary.save_tokenizers(work)
+    vocabulary.save_tokenizers(work)
     kinds = (CLIPTokenizer, CLIPTokenizer, T5Tokenizer)
     places = zip(kinds, vocabulary.FOLDERS, strict=True)
     tokenizers = [kind.from_pretrained(work / place) for kind, place in places]

@@ -8,6 +8,7 @@ is one token; other words fall apart.
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 from sd3min.checkpoint import TOKENIZERS
 from sd3min.training import captions
+from sd3min.training.records import whole
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 FOLDERS = tuple(folder for folder, _ in TOKENIZERS.values())
@@ -74,8 +76,9 @@ def save_t5(folder: Path, length: int) -> None:
 
 
 def save_tokenizers(folder: Path, length: int = captions.LENGTH) -> None:
-    """Write CLIP-L's, CLIP-G's and T5's tokenizers into their folders."""
-    clip_l, clip_g, t5 = (folder / name for name in FOLDERS)
-    save_clip(clip_l, END, length)
-    save_clip(clip_g, "!", length)
-    save_t5(t5, length)
+    """Write CLIP-L's, CLIP-G's and T5's tokenizers into their folders, those that are not there."""
+    makers = (partial(save_clip, pad=END), partial(save_clip, pad="!"), save_t5)
+    for name, make in zip(FOLDERS, makers, strict=True):
+        if not (folder / name).exists():
+            with whole(folder / name) as part:
+                make(part, length=length)
