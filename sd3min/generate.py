@@ -283,8 +283,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
     memory, mmdit = arguments.memory, arguments.mmdit
     if record:
         dtype, mmdit = dtype or record.dtype, mmdit or record.mmdit
-        told = arguments.t5 or arguments.no_t5 or record.t5 is None
-        t5 = t5 if told else record.t5
+        if record.t5 is not None and not arguments.t5 and not arguments.no_t5:
+            t5 = record.t5
         memory = memory or ("resident" if mmdit else None)  # as kinds of network need
     opened = open_weights(arguments, bool(t5))
     check_call(opened.parts["mmdit"].config, opened.defaults, **call)
