@@ -45,8 +45,8 @@ CLASS = "cat"  # in whose place the object is put
 SUBJECT = captions.SPARE  # its name
 BATCH = 20
 WORDINGS = 12  # of each caption
-KEPT = 480  # pictures of what the model knows, made in few steps; a third of them with the class
-KEPT_STEPS = 10
+KEPT = 600  # pictures of what the model knows, made in few steps; a third of them with the class
+KEPT_STEPS = 8
 SIDE = 54  # pixels of the square in which a thing stands alone
 EDGE = 40  # levels of gray; what differs less from the ground is not cut out
 COURSE = {
@@ -62,6 +62,7 @@ COURSE = {
     "targets": "attn.qkv,attn.proj,mlp.fc1,mlp.fc2",
     "average": 0.99,
     "prior": "network",
+    "prior-weight": 2.0,
 }
 SHOWN = (  # captions of the five pictures, with a thing of the class in the place of the object
     "a cat left of a red star and above a carrot on white",
