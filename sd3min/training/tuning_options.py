@@ -138,8 +138,10 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.full and (arguments.targets or arguments.alpha is not None):
         raise Refusal("--targets and --alpha are a LoRA's: leave them or --full out")
     for name in ("out", "class_data", "validation_data") if arguments.data else ():
-        folder = getattr(arguments, name)
-        if folder and folder.resolve().is_relative_to(arguments.data.resolve()):
+        folder, data = getattr(arguments, name), arguments.data.resolve()
+        if name == "validation_data" and folder and folder.resolve() == data:
+            continue  # the loss of what is learnt, as it was asked for
+        if folder and folder.resolve().is_relative_to(data):
             raise Refusal(
                 f"--{name.replace('_', '-')} {folder} lies in --data {arguments.data}, whose "
                 "pictures are all learnt: pass a folder beside it"
