@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sd3min.fast import native
+from sd3min.fast.native import library
 
 TOOLS = Path(__file__).parents[1] / "tools"
 
@@ -109,7 +109,7 @@ def test_a_profile_sees_what_every_side_does(profiling):
     for operators in found.values():
         spent = profiling["grouped"](operators)
         assert spent["linear layers"] > 0 and spent["attention"] > 0 and spent["all else"] > 0
-    if native.library():
+    if library():
         assert profiling["grouped"](found["int8"])["to and from 8 bits"] > 0
     head, _, *rows = profiling["table"]({"sizes": {"64": found}}).splitlines()
     assert head.count("|") == rows[0].count("|") and len(rows) == 4

@@ -52,6 +52,10 @@ def test_weights_are_counted_to_the_byte(dtype, whole):
         assert (stage.weights, stage.mapped) == held(modules, whole)
         if dtype == torch.float32:  # as the file has it
             assert stage.mapped > 0
+            assert name in kept or stage.weights == (64 * 64 * 4 if name == "clip_l" else 0)
+        else:  # but for what stays in float32
+            wo = 2 * 320 * 128 * 4 if name == "t5" and dtype == torch.float16 else 0
+            assert stage.mapped == wo
 
 
 def test_eight_bits_take_a_byte_a_value(whole):
