@@ -7,7 +7,7 @@ against each other, and loaded to a type and a device.
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -208,13 +208,13 @@ class Checkpoint:
             )
         return mmdit.context_width
 
-    def load_tokenizer(self, name: str) -> PreTrainedTokenizerBase:
-        """An encoder's tokenizer, from its folder; refused where it is of another vocabulary."""
-        import transformers
-
+    def load_tokenizer(self, name: str, read: Callable[[str, Path], Any] | None = None) -> Any:
+        """An encoder's tokenizer, which transformers or `read` reads from its folder; refused where
+        it is of another vocabulary.
+        """
         folder, vocabulary = self.tokenizer_folder(name), self.parts[name].config.vocabulary
         try:
-            tokenizer = getattr(transformers, TOKENIZERS[name][1]).from_pretrained(folder)
+            tokenizer = (read or pretrained)(name, folder)
         except Exception:  # whatever the files hold
             raise self.no_tokenizer(name) from None
         # T5's table has spare rows; a tokenizer of missing files has a few tokens and no error
@@ -251,6 +251,13 @@ def on_disk(paths: Sequence[Path], parts: Sequence[str], tokenizers: bool) -> hu
         found += fetched.paths
         folders.append(fetched.tokenizers)
     return hub.Fetched(found, next(iter(folders), Path()))
+
+
+def pretrained(name: str, folder: Path) -> PreTrainedTokenizerBase:
+    """An encoder's tokenizer as transformers reads it."""
+    import transformers
+
+    return getattr(transformers, TOKENIZERS[name][1]).from_pretrained(folder)
 
 
 def part_names(t5: bool) -> list[str]:

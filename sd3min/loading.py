@@ -1,5 +1,6 @@
 """The whole model from its files, within the memory there is."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from sd3min import checkpoint, pipeline
 from sd3min.config import Refusal
 from sd3min.fast.compiled import compile_, mode_options
+from sd3min.fast.encoders import quick
+from sd3min.fast.plan import plan
 from sd3min.fast.stages import MEMORY, StagedPipeline
 from sd3min.fast.t5 import check as check_t5
 from sd3min.fast.t5 import load_t5
@@ -65,7 +68,7 @@ def assemble(
 ) -> Pipeline:
     """A pipeline from opened files, by the arguments of `load`; refused where they do not fit."""
     check(opened, t5, memory, mmdit, cache, lora, compile)
-    opened = merged(opened, lora, checkpoint.part_names(bool(t5)))
+    opened = merged(quick(opened) if memory else opened, lora, checkpoint.part_names(bool(t5)))
     if t5 == "fp8" and opened.parts["t5"].loras:
         raise Refusal("t5 fp8 keeps T5 as it is stored, and a LoRA changes it: pass t5 int8")
     chosen, place = opened.placement(device, dtype)
@@ -78,6 +81,9 @@ def assemble(
             encoders.t5 = load_t5(opened.parts["t5"], chosen, place, t5)
             encoders.tokenizers = [*encoders.tokenizers, opened.load_tokenizer("t5")]
     kinds = {"t5": t5, "mmdit": mmdit}
+    pipe.planned = partial(
+        plan, opened, dtype=chosen, device=place, t5=t5, memory=memory, mmdit=mmdit
+    )
     pipe.kinds = {name: kind for name, kind in kinds.items() if isinstance(kind, str)}
     return pipe if compile is None else compile_(pipe, compile)
 
@@ -108,6 +114,7 @@ def check(
         if memory is not None:
             raise Refusal(f"compile {compile} is for the plain networks: leave memory {memory} out")
     names = checkpoint.part_names(bool(t5))
+    opened = quick(opened) if memory else opened
     opened.require_presence(names)
     unneeded = checkpoint.TOKENIZERS if cache and not lora else ()
     opened.require([name for name in names if name not in unneeded])

@@ -92,6 +92,7 @@ class Part:
     extras: dict[str, Stored] = field(default_factory=dict)  # known by name, but in no module
     recipes: Mapping[str, Recipe] = field(default_factory=dict)  # where the names are diffusers'
     loras: tuple[LoRAOrigin, ...] = ()  # that its tensors are changed by
+    make: Callable[[Any], nn.Module] | None = None  # another module for the same tensors
 
     @property
     def shapes(self) -> dict[str, list[int]]:
@@ -134,7 +135,7 @@ class Part:
         config = self.config
         try:
             with torch.device("meta"):
-                module = MODULES[self.name](config)
+                module = (self.make or MODULES[self.name])(config)
         except (ArithmeticError, RuntimeError, TypeError, ValueError):
             raise self.unfit(f"has sizes that cannot be: {config}") from None
         shapes = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}

@@ -104,6 +104,7 @@ class Pipeline:
         self.config, self.defaults = mmdit.config, defaults or Defaults()
         self.weights, self.loras = weights, loras
         self.kinds: dict[str, str] = {}  # of "mmdit" and "t5" in eight bits, as `loading` has them
+        self.planned: Callable[..., Any] | None = None  # what the files' headers tell, likewise
         self.device, self.dtype = mmdit.pos_embed.device, mmdit.pos_embed.dtype
 
     @torch.no_grad()
@@ -156,6 +157,15 @@ class Pipeline:
         if init_image is not None and mask_image is not None and chosen.keep_unmasked:
             pictures = [paste(picture, init_image, mask_image) for picture in pictures]
         return self.signed(pictures, prompts, negatives, seeds, chosen, init_image, mask_image)
+
+    def plan(self, prompt: str | Sequence[str] = "", **given: Any) -> Any:
+        """The `sd3min.fast.plan.Plan` of a call with these arguments: what will be in memory at
+        each stage. Raises Refusal for a pipeline that was put together by hand.
+        """
+        if self.planned is None:
+            raise Refusal("a plan is told by files' headers: make the pipeline by sd3min.load")
+        _, _, seeds, settings = check_call(self.config, self.defaults, prompt, **given)
+        return self.planned(settings, pictures=len(seeds))
 
     def encode_prompt(
         self,

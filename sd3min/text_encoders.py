@@ -94,10 +94,9 @@ def token_ids(
     if cut:
         quoted = "; ".join(f'"{text}"' for text in cut)
         warnings.warn(f"{name} reads {length} tokens and did not see: {quoted}", stacklevel=4)
-    padded = tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )
-    return padded.input_ids * padded.attention_mask if zero_padding else padded.input_ids
+    padding = 0 if zero_padding else tokenizer.pad_token_id
+    rows = [[*ids[: length - 1], ids[-1]] if len(ids) > length else ids for ids in whole.input_ids]
+    return torch.tensor([row + [padding] * (length - len(row)) for row in rows])
 
 
 class TextEncoders(nn.Module):

@@ -58,6 +58,26 @@ def test_weights_are_counted_to_the_byte(dtype, whole):
             assert stage.mapped == wo
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_parts_have_a_plan_to_the_byte_too(dtype, whole):
+    pipe = sd3min.load(whole, dtype=dtype)
+    found = {stage.title: stage for stage in pipe.plan().stages}
+    parts = {**pipe.text_encoders._modules, "mmdit": pipe.mmdit, "autoencoder": pipe.autoencoder}
+    assert set(parts) == set(plans.TITLES)
+    for name, part in parts.items():
+        stage = found[plans.TITLES[name]]
+        assert (stage.weights, stage.mapped) == held([part], whole)
+    assert pipe.plan() == made(whole, dtype, memory=None)
+    assert pipe.plan("a", width=128, height=96) != pipe.plan()
+
+
+def test_a_pipeline_made_by_hand_has_no_plan(whole):
+    pipe = sd3min.load(whole)
+    by_hand = sd3min.Pipeline(pipe.mmdit, pipe.autoencoder, pipe.text_encoders)
+    with pytest.raises(sd3min.Refusal, match="make the pipeline by"):
+        by_hand.plan()
+
+
 def test_eight_bits_take_a_byte_a_value(whole):
     long, short = (made(whole, t5=kind).stages[2] for kind in (True, "int8"))
     tensors = Checkpoint.open(whole).parts["t5"].tensors

@@ -45,14 +45,23 @@ def test_the_mmdit_and_the_autoencoder_need_no_transformers():
     assert not slow(modules) | COMPILER & set(modules)
 
 
-def test_the_second_run_of_a_prompt_needs_no_transformers(tmp_path):
+@pytest.mark.parametrize("memory", ["fast", "resident", "stream"])
+def test_a_picture_under_a_plan_of_memory_needs_no_transformers(memory):
+    modules = imported(
+        f"import sd3min\nsd3min.load(memory={memory!r})('a red circle', steps=1, progress=False)"
+    )
+    assert "tokenizers" in modules
+    assert not slow(modules) | COMPILER & set(modules)
+
+
+def test_the_second_run_of_a_prompt_needs_no_tokenizers(tmp_path):
     call = ["generate", "a red circle", "--seed", "1", "--steps", "1", "--memory", "fast"]
     call += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "made.png")]
     code = f"from sd3min import cli\nassert cli.main({call}) == 0"
-    assert "transformers" in slow(imported(code))
+    assert "tokenizers" in imported(code)
     first = (tmp_path / "made.png").read_bytes()
     modules = imported(code)
-    assert not slow(modules) | COMPILER & set(modules)
+    assert not slow(modules) | {"tokenizers", *COMPILER} & set(modules)
     assert (tmp_path / "made.png").read_bytes() == first
 
 

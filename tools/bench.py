@@ -21,11 +21,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from sd3min.fast import kernels
+from sd3min.fast.linear import Int8Linear, packed
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "bench.json"
@@ -117,14 +121,13 @@ def ceilings(threads: int) -> dict[str, float]:
     """GFLOP/s of one product of 2,714 rows with the MLP's weights: packed bfloat16 and 8 bits."""
     torch.set_num_threads(threads)
     rows, inputs, outputs = 2714, WIDTH, 4 * WIDTH
-    x, weight = torch.randn(rows, inputs).bfloat16(), torch.randn(outputs, inputs)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16())
-    whole = torch.ops.onednn.qlinear_prepack((weight * 30).to(torch.int8), None)
-    scales, zeros = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int32)
-    eight = ((x * 30).to(torch.int8), 1.0, 0, whole, scales, zeros, None, 1.0, 0, torch.bfloat16)
-    products = {
-        "bfloat16": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""),
-        "int8": lambda: torch.ops.onednn.qlinear_pointwise(*eight, "none", [], ""),
+    linear = nn.Linear(inputs, outputs, dtype=torch.bfloat16).requires_grad_(False)
+    plain, eight = packed(linear), Int8Linear(linear)
+    x = torch.randn(rows, inputs, dtype=torch.bfloat16)
+    whole, _ = kernels.quantise(x)
+    products: dict[str, Callable[[], Tensor]] = {
+        "bfloat16": lambda: plain(x),
+        "int8": lambda: eight.product(whole, torch.bfloat16),
     }
     found = {}
     for name, product in products.items():

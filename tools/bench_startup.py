@@ -77,6 +77,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "import sd3min": [*python, "-c", "import torch, sd3min"],
         "sd3min generate": [*generate, "--out", str(folder / "command.png")],
         "sd3min": staged(OWN, "own.png"),
+        "sd3min, fast": staged(OWN, "fast.png", memory="fast"),
         "sd3min, prompt cached": staged(
             OWN, "cached.png", memory="fast", cache=str(folder / "prompts")
         ),
@@ -120,7 +121,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
 
 def levels_apart(folder: Path) -> int:
     """How far the pictures are apart at most, of 255 levels."""
-    names = ("own.png", "command.png", "cached.png", "theirs.png")
+    names = ("own.png", "command.png", "fast.png", "cached.png", "theirs.png")
     own, *others = (np.asarray(Image.open(folder / name)).astype(int) for name in names)
     return max(int(np.abs(own - other).max()) for other in others)
 

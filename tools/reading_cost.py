@@ -47,13 +47,15 @@ class Cost(NamedTuple):
 class StubTokenizer(PreTrainedTokenizerBase):
     """A tokenizer without a vocabulary: every prompt has the same ids."""
 
+    pad_token_id = 0
+
     def __init__(self) -> None:
         """Nothing to read."""
 
     def __call__(self, *arguments: Any, **_: Any) -> BatchEncoding:
         """As many ids as an encoder reads."""
         (prompts,) = arguments
-        ids = torch.arange(LENGTH).expand(len(prompts), -1)
+        ids = [list(range(LENGTH)) for _ in prompts]
         offsets = [[(0, 0)] * LENGTH for _ in prompts]
         return BatchEncoding({"input_ids": ids, "offset_mapping": offsets})
 

@@ -7,7 +7,7 @@ time, or two layers.
 """
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache as once
 from functools import partial
 from pathlib import Path
@@ -22,17 +22,16 @@ from sd3min.autoencoder import Autoencoder
 from sd3min.checkpoint import TOKENIZERS, Checkpoint, encoder_names
 from sd3min.fast.blocks import FastBlock
 from sd3min.fast.decoder import FastDecoder
+from sd3min.fast.encoders import load_tokenizer
 from sd3min.fast.linear import Int8Linear, packed
 from sd3min.fast.mapped import mapped_network
 from sd3min.fast.mmdit import FastMMDiT, Run
 from sd3min.fast.native import trim
-from sd3min.fast.plan import Plan, plan
 from sd3min.fast.prompts import CachedEncoders
 from sd3min.fast.stream import Ahead, Turns, streamed_encoder
 from sd3min.fast.t5 import load_t5
 from sd3min.parts import Part
 from sd3min.pipeline import Pipeline
-from sd3min.settings import check_call
 from sd3min.text_encoders import Conditioning, TextEncoders
 
 MEMORY = ("fast", "resident", "stream")
@@ -68,7 +67,7 @@ class StagedEncoders(TextEncoders):
         nn.Module.__init__(self)
         self.stages, self.left_out = stages, not t5
         self.context_width, self.t5_length = opened.context_width(), opened.defaults.t5_length
-        self.tokenizers = [opened.load_tokenizer(name) for name in encoder_names(t5)]
+        self.tokenizers = [load_tokenizer(opened, name) for name in encoder_names(t5)]
 
     @property
     def has_t5(self) -> bool:
@@ -97,10 +96,9 @@ class StagedPipeline(Pipeline):
     ):
         """As `loading.load` has them; `cache` is the folder of prompts' embeddings."""
         kept = {"dtype": dtype, "device": device, "t5": t5, "memory": memory, "mmdit": mmdit}
-        self.planned = partial(plan, opened, **kept)
         self.config, self.defaults = opened.parts["mmdit"].config, opened.defaults
         self.weights, self.loras = opened.fingerprint(), opened.loras
-        self.device, self.dtype, self.kinds = device, dtype, {}
+        self.device, self.dtype, self.kinds, self.planned = device, dtype, {}, None
         self.stages = Stages(loaders(opened, **kept), keep=memory == "fast")
         encoders = partial(StagedEncoders, self.stages, opened, bool(t5))
 
@@ -114,11 +112,6 @@ class StagedPipeline(Pipeline):
         names = [*([] if cache else encoder_names(bool(t5))), "network", "autoencoder"]
         for name in names if memory == "fast" else []:
             self.stages(name)
-
-    def plan(self, prompt: str | Sequence[str] = "", **given: Any) -> Plan:
-        """What will be in memory at each stage of a call with these arguments."""
-        _, _, seeds, settings = check_call(self.config, self.defaults, prompt, **given)
-        return self.planned(settings, pictures=len(seeds))
 
     def __getattr__(self, name: str) -> Any:
         """The autoencoder, and the plain network where it is asked for, begin their stages."""
