@@ -1,11 +1,18 @@
 """The benchmark's arithmetic, tables and plots; what it measures is not asked for here."""
 
+import copy
 import runpy
 from pathlib import Path
 
 import pytest
+import small
+import torch
+from PIL import Image
 
+from sd3min.fast.linear import Int8Linear
+from sd3min.fast.mmdit import FastMMDiT
 from sd3min.fast.native import library
+from sd3min.text_encoders import Conditioning
 
 TOOLS = Path(__file__).parents[1] / "tools"
 
@@ -114,3 +121,70 @@ def test_a_profile_sees_what_every_side_does(profiling):
     head, _, *rows = profiling["table"]({"sizes": {"64": found}}).splitlines()
     assert head.count("|") == rows[0].count("|") and len(rows) == 4
     assert rows[0].endswith("| 100% |")
+
+
+@pytest.fixture(scope="module")
+def int8():
+    """The functions of `tools/int8_errors.py`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TOOLS))
+        return runpy.run_path(str(TOOLS / "int8_errors.py"))
+
+
+@pytest.fixture(scope="module")
+def int8_found(int8):
+    """Errors of a small network: as it is, in eight bits, and with one block spoilt."""
+    mmdit, generator = small.mmdit(), torch.manual_seed(0)
+    config = mmdit.config
+    context = torch.randn(2, 20, config.context_width, generator=generator)
+    text = Conditioning(context, torch.randn(2, config.pooled_width, generator=generator))
+    latents = {i: torch.randn(2, 16, 8, 12, generator=generator) for i in (0, 2)}
+    given = int8["Given"](text, torch.tensor([1.0, 0.7, 0.4]), latents)
+
+    def plain():
+        return FastMMDiT.of(mmdit, lambda linear: linear)
+
+    def spoilt():
+        network = plain()
+        network.blocks[1] = copy.deepcopy(network.blocks[1])
+        network.blocks[1].x_block.attn.proj.weight *= 1.5
+        return network
+
+    makes = {"same": plain, "int8": lambda: FastMMDiT.of(mmdit, Int8Linear), "spoilt": spoilt}
+    return int8["compare"](plain(), makes, given)
+
+
+def test_a_network_as_it_is_has_no_errors_and_one_of_eight_bits_a_few_percent(int8_found):
+    assert int8_found["same"]["velocity"] == 0
+    assert not any(int8_found["same"]["block"] + int8_found["same"]["stream"])
+    eight = int8_found["int8"]
+    assert len(eight["block"]) == len(eight["stream"]) == len(small.mmdit().joint_blocks)
+    assert all(0.001 < error < 0.05 for error in [*eight["block"], eight["velocity"]])
+
+
+def test_what_one_block_does_wrong_is_its_own_error_and_in_all_streams_after_it(int8_found):
+    first, second, *rest = int8_found["spoilt"]["block"]
+    assert first == 0 and second > 0.01 and not any(rest)
+    first, *after = int8_found["spoilt"]["stream"]
+    assert first == 0 and all(error > 0.001 for error in after)
+
+
+def test_errors_have_a_table_and_a_plot(int8, int8_found, tmp_path):
+    kinds = {"bfloat16": int8_found["spoilt"], "int8": int8_found["int8"] | {"levels": 0.25}}
+    head, _, one, other = int8["table"]({"it": kinds}).splitlines()
+    assert head.count("|") == one.count("|") == other.count("|")
+    assert one.startswith("| it | bfloat16 | ") and one.endswith(" | – |")
+    assert other.startswith("| it | int8 | ") and other.endswith(" | 0.2 |")
+    int8["draw"]({"it": kinds}, tmp_path / "int8.png")
+    assert (tmp_path / "int8.png").stat().st_size > 10_000
+
+
+def test_levels_are_those_of_the_pixels(int8):
+    one, other = Image.new("RGB", (2, 1)), Image.new("RGB", (2, 1), (3, 0, 0))
+    assert int8["levels"]([one, one], [one, other]) == pytest.approx(0.5)
+
+
+def test_the_ceilings_are_those_of_the_layers_that_are_used(bench):
+    """Signed whole numbers take oneDNN's reference where there is no AMX, for minutes."""
+    found = bench["ceilings"](1)
+    assert found["int8"] > 0.5 * found["bfloat16"] > 0

@@ -247,14 +247,12 @@ def test_a_tokenizer_that_cuts_and_pads_by_itself_does_neither(tiny, tmp_path):
     shutil.copytree(tiny / "tokenizer", tmp_path / "tokenizer")
     place = tmp_path / "tokenizer" / "tokenizer.json"
     rules = json.loads(place.read_text())
-    rules["truncation"] = {
-        "direction": "Right",
-        "max_length": 4,
-        "strategy": "LongestFirst",
-        "stride": 0,
-    }
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None}
+    pad |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+    rules |= {"truncation": cut, "padding": pad}
     place.write_text(json.dumps(rules))
-    ours = encoders.FileTokenizer(tmp_path / "tokenizer")
-    assert ours(["a red circle on white"]) == encoders.FileTokenizer(tiny / "tokenizer")(
-        ["a red circle on white"]
-    )
+    texts = ["a", "a red circle on white, above a blue square and a cat"]
+    found, plain = (encoders.FileTokenizer(top / "tokenizer")(texts) for top in (tmp_path, tiny))
+    assert found == plain
+    assert len(plain.input_ids[0]) < 4 and len(plain.input_ids[1]) > 9
