@@ -9,8 +9,8 @@ import torch
 from sd3min import checkpoint, pipeline
 from sd3min.config import Refusal
 from sd3min.fast.compiled import compile_, mode_options
-from sd3min.fast.encoders import quick
-from sd3min.fast.plan import plan
+from sd3min.fast.encoders import without_transformers
+from sd3min.fast.plan import outline, plan
 from sd3min.fast.stages import MEMORY, StagedPipeline
 from sd3min.fast.t5 import check as check_t5
 from sd3min.fast.t5 import load_t5
@@ -42,11 +42,12 @@ def load(
     on a CPU and the stored type on a GPU. `t5=False` goes without T5, with zeros in its place;
     "int8" and "bnb", bitsandbytes', keep it in eight bits, and "fp8" as a file in fp8 has it.
     `memory`: "fast" keeps all parts and speeds the network up, "resident" keeps one part at a time,
-    "stream" two layers of it; without it the parts are the plain modules. `mmdit="int8"` computes
-    the network's linear layers in eight bits, and `cache` names a folder for prompts' embeddings,
-    so that a prompt's second run loads no text encoder: both under a plan of memory. `lora`:
-    files of LoRAs, or pairs of a file and how much it counts, such as ("cat.safetensors", 0.8); see
-    `sd3min.lora`. `compile`: a mode of torch.compile for the plain networks; "max-autotune" sets
+    "stream" two layers of it; without it the parts are the plain modules. (Plain text encoders are
+    transformers' own, and under a plan `fast.encoders`'.) `mmdit="int8"` computes the network's
+    linear layers in eight bits, and `cache` names a folder for prompts' embeddings, so that a
+    prompt's second run loads no text encoder: both under a plan of memory. `lora`: files of LoRAs,
+    or pairs of a file and how much it counts, such as ("cat.safetensors", 0.8); see `sd3min.lora`.
+    `compile`: a mode of torch.compile for the plain networks; "max-autotune" sets
     what diffusers' guide to Stable Diffusion 3 does. Raises Refusal where a file does not fit, and
     says which tensors.
     """
@@ -68,7 +69,8 @@ def assemble(
 ) -> Pipeline:
     """A pipeline from opened files, by the arguments of `load`; refused where they do not fit."""
     check(opened, t5, memory, mmdit, cache, lora, compile)
-    opened = merged(quick(opened) if memory else opened, lora, checkpoint.part_names(bool(t5)))
+    opened = without_transformers(opened) if memory else opened
+    opened = merged(opened, lora, checkpoint.part_names(bool(t5)))
     if t5 == "fp8" and opened.parts["t5"].loras:
         raise Refusal("t5 fp8 keeps T5 as it is stored, and a LoRA changes it: pass t5 int8")
     chosen, place = opened.placement(device, dtype)
@@ -82,7 +84,7 @@ def assemble(
             encoders.tokenizers = [*encoders.tokenizers, opened.load_tokenizer("t5")]
     kinds = {"t5": t5, "mmdit": mmdit}
     pipe.planned = partial(
-        plan, opened, dtype=chosen, device=place, t5=t5, memory=memory, mmdit=mmdit
+        plan, outline(opened), dtype=chosen, device=place, t5=t5, memory=memory, mmdit=mmdit
     )
     pipe.kinds = {name: kind for name, kind in kinds.items() if isinstance(kind, str)}
     return pipe if compile is None else compile_(pipe, compile)
@@ -114,7 +116,7 @@ def check(
         if memory is not None:
             raise Refusal(f"compile {compile} is for the plain networks: leave memory {memory} out")
     names = checkpoint.part_names(bool(t5))
-    opened = quick(opened) if memory else opened
+    opened = without_transformers(opened)  # whose import is slow
     opened.require_presence(names)
     unneeded = checkpoint.TOKENIZERS if cache and not lora else ()
     opened.require([name for name in names if name not in unneeded])

@@ -92,7 +92,9 @@ class Part:
     extras: dict[str, Stored] = field(default_factory=dict)  # known by name, but in no module
     recipes: Mapping[str, Recipe] = field(default_factory=dict)  # where the names are diffusers'
     loras: tuple[LoRAOrigin, ...] = ()  # that its tensors are changed by
-    make: Callable[[Any], nn.Module] | None = None  # another module for the same tensors
+    make: Callable[[Any], nn.Module] | None = (
+        None  # of a plan of memory: its own module for the tensors
+    )
 
     @property
     def shapes(self) -> dict[str, list[int]]:

@@ -88,6 +88,8 @@ def paste(picture: Image.Image, start: Image.Image, mask: Image.Image) -> Image.
 class Pipeline:
     """A whole Stable Diffusion 3."""
 
+    planned: Callable[..., Any] | None = None  # of its files' headers, as `loading` has it
+
     def __init__(
         self,
         mmdit: MMDiT,
@@ -104,7 +106,6 @@ class Pipeline:
         self.config, self.defaults = mmdit.config, defaults or Defaults()
         self.weights, self.loras = weights, loras
         self.kinds: dict[str, str] = {}  # of "mmdit" and "t5" in eight bits, as `loading` has them
-        self.planned: Callable[..., Any] | None = None  # what the files' headers tell, likewise
         self.device, self.dtype = mmdit.pos_embed.device, mmdit.pos_embed.dtype
 
     @torch.no_grad()

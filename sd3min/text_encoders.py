@@ -88,7 +88,7 @@ def token_ids(
     whole = tokenizer(list(prompts), return_offsets_mapping=True, verbose=False)
     cut = [
         prompt[offsets[length - 1][0] :].strip()  # the last place belongs to the end of the text
-        for prompt, offsets in zip(prompts, whole["offset_mapping"], strict=True)
+        for prompt, offsets in zip(prompts, whole.offset_mapping, strict=True)
         if len(offsets) > length
     ]
     if cut:

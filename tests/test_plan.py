@@ -1,6 +1,7 @@
 """The plan of memory: what it says before anything is loaded is what is measured afterwards."""
 
 import math
+import pickle
 from pathlib import Path
 
 import files
@@ -10,6 +11,7 @@ import torch
 import sd3min
 from sd3min import cli
 from sd3min.checkpoint import Checkpoint
+from sd3min.convert import convert
 from sd3min.fast import plan as plans
 from sd3min.fast.t5 import LINEAR
 from sd3min.settings import check_call
@@ -69,6 +71,20 @@ def test_plain_parts_have_a_plan_to_the_byte_too(dtype, whole):
         assert (stage.weights, stage.mapped) == held([part], whole)
     assert pipe.plan() == made(whole, dtype, memory=None)
     assert pipe.plan("a", width=128, height=96) != pipe.plan()
+
+
+@pytest.mark.parametrize("diffusers", [False, True])
+def test_a_plan_holds_no_files_open(diffusers, whole, tmp_path):
+    source = whole
+    if diffusers:
+        source = tmp_path / "folder"
+        convert(whole, source, progress=False)
+    pipe = sd3min.load(source)
+    assert pickle.loads(pickle.dumps(pipe.planned)).args
+    assert pipe.plan() == made(source, torch.float32, memory=None)
+    outlined = pipe.planned.args[0].parts["mmdit"].tensors
+    with pytest.raises(RuntimeError, match="an outline has no values"):
+        next(iter(outlined.values())).read()
 
 
 def test_a_pipeline_made_by_hand_has_no_plan(whole):

@@ -22,8 +22,10 @@ import bench
 import bench_t5
 import densities
 import dreambooth
+import int8_errors
 import matplotlib.pyplot as plt
 import parity
+import profile_step
 import reading_cost
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -42,6 +44,8 @@ ROWS = {
 ASPECTS = {"right": "all right", "noun": "things", "colour": "colours", "relation": "relations"}
 GROUND = "ground, where named"  # which the others leave aside
 STYLES = ("o-", "^:", "s:", "d:")  # of the curves, one an aspect
+SPEEDS = (bench.RESULTS, bench.RESULTS.with_name("bench_amx.json"))
+PEERS = bench.RESULTS.with_name("bench_peers.json")
 ENCODERS = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
 COLUMNS = 6
 EXPLAINED = ("diffusers", "sd3-ref")
@@ -127,9 +131,10 @@ def cost_table() -> str:
     return "\n".join(lines)
 
 
-def speed_table(results: Mapping[str, Any]) -> str:
-    """How quick it is beside diffusers, in Markdown."""
-    return bench.table(results)
+def speed_table(*machines: Path) -> str:
+    """How quick it is beside diffusers on machines that results are of, in Markdown."""
+    results = [json.loads(path.read_text()) for path in machines]
+    return "\n\n".join(f"{each['processor']}:\n\n{bench.table(each)}" for each in results)
 
 
 def explain_table() -> str:
@@ -236,7 +241,10 @@ def main() -> None:
         "accuracy": accuracy_table(figures),
         "ablation": ablation_table(figures),
         "cost": cost_table(),
-        "speed": speed_table(json.loads(bench.RESULTS.read_text())),
+        "speed": speed_table(*SPEEDS),
+        "peers": speed_table(PEERS),
+        "profile": profile_step.table(json.loads(profile_step.RESULTS.read_text())),
+        "int8": int8_errors.table(json.loads(int8_errors.RESULTS.read_text())),
         "t5": bench_t5.table(json.loads(bench_t5.RESULTS.read_text())),
         "dreambooth": dreambooth.table(json.loads((FIGURES / "dreambooth.json").read_text())),
         "densities": densities.table(json.loads((FIGURES / "densities.json").read_text())),

@@ -1,15 +1,13 @@
 """The text encoders without transformers, whose import takes longer than a small picture.
 
 CLIP's and T5's forward passes, for inference, in modules whose tensors have the names of
-transformers' own; and tokenizers from their `tokenizer.json`.
+transformers' own.
 """
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sd3min.checkpoint import Checkpoint, pretrained
+from sd3min.checkpoint import Checkpoint
 from sd3min.config import HEAD_WIDTH, CLIPConfig, T5Config
 
 FARTHEST = 128  # tokens apart from which on T5 tells no distances
@@ -42,19 +40,10 @@ class T5Outputs(NamedTuple):
     last_hidden_state: Float[Tensor, "b n d"]
 
 
-class Encodings(NamedTuple):
-    """Token ids of each text, and where in it each token begins and ends."""
-
-    input_ids: list[list[int]]
-    offset_mapping: list[list[tuple[int, int]]]
-
-    def __getitem__(self, name: Any) -> Any:
-        """By name, too, as from transformers' tokenizers."""
-        return getattr(self, name) if isinstance(name, str) else tuple(self)[name]
-
-
 def embedding(rows: int, width: int) -> nn.Embedding:
-    """A table to be filled: PyTorch imports its compiler to draw random values on no device."""
+    """A table that is not drawn at random: for that PyTorch imports its compiler where there is no
+    memory to draw into.
+    """
     return nn.Embedding.from_pretrained(torch.empty(rows, width))
 
 
@@ -100,7 +89,10 @@ class CLIP(nn.Module):
     """A CLIP text encoder, `part` "clip_l" or "clip_g" (Radford et al. 2021)."""
 
     def __init__(self, config: CLIPConfig, part: str):
+        """ValueError where heads do not make up the width."""
         super().__init__()
+        if not config.width or config.width % HEAD_WIDTH:
+            raise ValueError(f"{config.width} is no multiple of {HEAD_WIDTH}")
         rows = {
             "token_embedding": embedding(config.vocabulary, config.width),
             "position_embedding": embedding(config.length, config.width),
@@ -195,7 +187,15 @@ class T5AttentionHalf(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """The stream, and the bias of distances, which the first block makes."""
         bias = self.SelfAttention.bias(x.shape[1]) if bias is None else bias
-        return x + self.SelfAttention(self.layer_norm(x), bias), bias
+        return bounded(x + self.SelfAttention(self.layer_norm(x), bias)), bias
+
+
+def bounded(x: Tensor) -> Tensor:
+    """A stream of float16 without infinities, as transformers has it."""
+    if x.dtype != torch.float16:
+        return x
+    most = torch.finfo(x.dtype).max - (1000 if x.isinf().any() else 0)
+    return x.clamp(-most, most)
 
 
 class T5MLPHalf(nn.Module):
@@ -248,52 +248,14 @@ class T5(nn.Module):
         return T5Outputs(self.encoder.final_layer_norm(x))
 
 
-MODULES: dict[str, Callable[[Any], nn.Module]] = {
+ENCODERS: dict[str, Callable[[Any], nn.Module]] = {
     "clip_l": partial(CLIP, part="clip_l"),
     "clip_g": partial(CLIP, part="clip_g"),
     "t5": T5,
 }
 
 
-def quick(opened: Checkpoint) -> Checkpoint:
+def without_transformers(opened: Checkpoint) -> Checkpoint:
     """The same files, whose text encoders become these modules."""
-    parts = {n: replace(part, make=MODULES.get(n)) for n, part in opened.parts.items()}
+    parts = {n: replace(part, make=ENCODERS.get(n)) for n, part in opened.parts.items()}
     return replace(opened, parts=parts)
-
-
-class FileTokenizer:
-    """A tokenizer by its `tokenizer.json`."""
-
-    def __init__(self, folder: Path):
-        import tokenizers
-
-        self.rules = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.rules.no_padding()
-        self.rules.no_truncation()
-        padding = json.loads((folder / "tokenizer_config.json").read_text())["pad_token"]
-        text = padding if isinstance(padding, str) else padding["content"]
-        self.pad_token_id = self.rules.token_to_id(text)
-        if self.pad_token_id is None:
-            raise ValueError(f"{folder} pads with {text}, which is no token")
-
-    def __len__(self) -> int:
-        """Tokens that there are."""
-        return self.rules.get_vocab_size()
-
-    def __call__(self, texts: Sequence[str], **_: Any) -> Encodings:
-        """Ids and places of whole texts, whatever else is asked for."""
-        found = self.rules.encode_batch(list(texts))
-        return Encodings([each.ids for each in found], [each.offsets for each in found])
-
-
-def load_tokenizer(opened: Checkpoint, name: str) -> Any:
-    """An encoder's tokenizer: by its `tokenizer.json` where transformers 5 wrote that, which reads
-    older ones in a way of its own; else by transformers.
-    """
-
-    def read(name: str, folder: Path) -> Any:
-        config = folder / "tokenizer_config.json"
-        written = config.is_file() and json.loads(config.read_text()).get("backend")
-        return FileTokenizer(folder) if written == "tokenizers" else pretrained(name, folder)
-
-    return opened.load_tokenizer(name, read)

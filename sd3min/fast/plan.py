@@ -2,21 +2,24 @@
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from sd3min.checkpoint import TOKENIZERS, Checkpoint, part_names
 from sd3min.config import CLIP_L, HEAD_WIDTH, SIZE_STEP
 from sd3min.fast.blocks import MODULATION
+from sd3min.fast.encoders import without_transformers
 from sd3min.fast.mapped import IN_PLACE
 from sd3min.fast.stream import LAYERS, TABLES
 from sd3min.fast.t5 import LINEAR
 from sd3min.parts import DERIVED, TITLES, Part, kept_type
 from sd3min.settings import Settings
-from sd3min.stored import TYPES, Stored
+from sd3min.stored import TYPES, AnyStored, Changed, Joined, Stored
 
-PROCESS = 330_000_000  # bytes that Python, its libraries and tokenizers take, measured on Linux
+PROCESS = 330_000_000  # bytes that Python, libraries, tokenizers and room of the allocator take
 HEAD = ("stage", "weights", "mapped", "working", "type", "weights are")
 STRIPS = 1.75  # of the widest channels at full size, when it decodes in strips, measured
 MAPS = 6  # of the widest channels at full size that decoding holds at once, measured
@@ -88,6 +91,31 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB"
 
 
+def outline(opened: Checkpoint) -> Checkpoint:
+    """What a plan needs of opened files, which does not hold them open."""
+
+    def closed(tensor: AnyStored) -> AnyStored:
+        if isinstance(tensor, Changed):
+            return replace(tensor, base=closed(tensor.base), change=unread)
+        if isinstance(tensor, Joined):
+            return replace(tensor, pieces=tuple(map(apart, tensor.pieces)), back=unread)
+        return apart(tensor)
+
+    def apart(stored: Stored) -> Stored:
+        return replace(stored, reader=unread, scale=stored.scale and apart(stored.scale))
+
+    def headers(part: Part) -> Part:
+        tensors = {name: closed(tensor) for name, tensor in part.tensors.items()}
+        return replace(part, tensors=tensors, extras={}, recipes={})
+
+    return replace(opened, parts={name: headers(part) for name, part in opened.parts.items()})
+
+
+def unread(_: Any) -> Tensor:
+    """What is asked for the values of a tensor that only its shape is known of."""
+    raise RuntimeError("an outline has no values")
+
+
 def plan(
     opened: Checkpoint,
     settings: Settings,
@@ -99,6 +127,7 @@ def plan(
     mmdit: str | None = None,
 ) -> Plan:
     """What will be in memory, the CPU's or that of another device, while pictures are made."""
+    opened = without_transformers(opened)
     batch = pictures * (2 if settings.guidance_scale > 1 else 1)
     order = [name for name in (*TOKENIZERS, "mmdit", "autoencoder") if name in part_names(bool(t5))]
     stages = []

@@ -42,7 +42,8 @@ def encoders_key(
     opened: Checkpoint, dtype: torch.dtype, t5: bool | str = True, device: str = "cpu"
 ) -> str:
     """What the text encoders of opened files are known by: samples of those files, all of their
-    tokenizers', the type, the LoRAs and the kind of device; `t5` may name a type of its own.
+    tokenizers', the type, the LoRAs, the kind of device and whose modules they become; `t5` may
+    name a type of its own.
     """
     names = [name for name in opened.parts if name in TOKENIZERS and (t5 or name != "t5")]
     paths = dict.fromkeys(path for name in names for path in opened.parts[name].paths)
@@ -58,6 +59,7 @@ def encoders_key(
         t5,
         *([loras] if any(loras) else []),
         *([device] if device != "cpu" else []),
+        *(["without transformers"] if any(opened.parts[name].make for name in names) else []),
     )
 
 

@@ -22,7 +22,6 @@ from sd3min.autoencoder import Autoencoder
 from sd3min.checkpoint import TOKENIZERS, Checkpoint, encoder_names
 from sd3min.fast.blocks import FastBlock
 from sd3min.fast.decoder import FastDecoder
-from sd3min.fast.encoders import load_tokenizer
 from sd3min.fast.linear import Int8Linear, packed
 from sd3min.fast.mapped import mapped_network
 from sd3min.fast.mmdit import FastMMDiT, Run
@@ -30,6 +29,7 @@ from sd3min.fast.native import trim
 from sd3min.fast.prompts import CachedEncoders
 from sd3min.fast.stream import Ahead, Turns, streamed_encoder
 from sd3min.fast.t5 import load_t5
+from sd3min.fast.tokens import load_tokenizer
 from sd3min.parts import Part
 from sd3min.pipeline import Pipeline
 from sd3min.text_encoders import Conditioning, TextEncoders
@@ -98,7 +98,7 @@ class StagedPipeline(Pipeline):
         kept = {"dtype": dtype, "device": device, "t5": t5, "memory": memory, "mmdit": mmdit}
         self.config, self.defaults = opened.parts["mmdit"].config, opened.defaults
         self.weights, self.loras = opened.fingerprint(), opened.loras
-        self.device, self.dtype, self.kinds, self.planned = device, dtype, {}, None
+        self.device, self.dtype, self.kinds = device, dtype, {}
         self.stages = Stages(loaders(opened, **kept), keep=memory == "fast")
         encoders = partial(StagedEncoders, self.stages, opened, bool(t5))
 
