@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import re
 from pathlib import Path
 
 import files
@@ -193,3 +194,16 @@ def test_sd3_medium_fits_where_it_is_said_to(tmp_path):
     # and the network is 1.4 billion values without modulation, at two bytes
     network = made(clips, t5=False, **size).stages[2]
     assert network.weights == pytest.approx(2.83e9, rel=0.01)
+
+
+@official
+def test_the_guide_shows_what_is_printed(tmp_path, monkeypatch, capsys):
+    guide = (Path(__file__).parents[1] / "docs/pages/guides/memory.md").read_text()
+    shown = re.findall(r"```text\n\$ sd3min (.*)\n([^`]*)```", guide)
+    assert len(shown) == 2
+    monkeypatch.chdir(tmp_path)
+    for path, name in ((SD3, SD3), (Path(T5).name, T5)):
+        files.sparse(tmp_path / path, files.manifests()[name])
+    for command, printed in shown:
+        assert cli.main(command.split()) == 0
+        assert capsys.readouterr().out == printed
