@@ -72,6 +72,17 @@ def test_peers_that_are_not_installed_are_left_out(bench, monkeypatch):
     assert bench["installed"](["diffusers", "plain", "OpenVINO", "fast"]) == ["plain", "fast"]
 
 
+def test_rows_of_former_runs_stay_where_they_are_of_the_same_machine_and_first_side(bench):
+    here = {"processor": "a", "threads": 2, "torch": "2", "depth": 4, "ceilings": {"int8": 1}}
+    before = here | {"sides": ["diffusers", "fast"], "work": {"step 512": {}}}
+    now = here | {"sides": ["diffusers", "OpenVINO"], "work": {}, "ceilings": {"int8": 2}}
+    both = bench["kept"](before, now)
+    assert both == before | {"sides": ["diffusers", "fast", "OpenVINO"], "ceilings": {"int8": 2}}
+    for other in ({"processor": "b"}, {"depth": 24}, {"sides": ["fast", "diffusers"]}):
+        assert bench["kept"](before, now | other) == now | other
+    assert bench["kept"]({}, now) == now
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("work", [["step", {"size": 64}], ["run", {"size": 64, "steps": 2}]])
 def test_two_sides_are_timed_in_turns(bench, work):

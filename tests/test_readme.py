@@ -36,7 +36,7 @@ def test_accuracy_tables_are_the_measured_figures(figures):
 
 def test_speeds_are_the_measured_figures(figures):
     assert block("speed") == figures["speed_table"](*figures["SPEEDS"])
-    assert block("peers") == figures["speed_table"](figures["PEERS"])
+    assert block("peers") == figures["speed_table"](*figures["PEERS"])
     here = json.loads((ROOT / "tools" / "bench.json").read_text())
     assert here["depth"] == 24 and here["processor"] in block("speed")
 

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sd3min.config import HEAD_WIDTH
 from sd3min.fast import kernels
 from sd3min.fast.linear import Int8Linear, packed
 
@@ -157,6 +158,16 @@ def installed(sides: Iterable[str]) -> list[str]:
     return [s for s in sides if s not in PEERS or importlib.util.find_spec(PEERS[s])]
 
 
+def kept(before: Mapping[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """Results beside those of former runs on this machine, where every row is of one run."""
+    same = ("processor", "threads", "torch", "depth")
+    first = before.get("sides", [])[:1] == results["sides"][:1]
+    if not first or any(before.get(name) != results[name] for name in same):
+        return results
+    sides = list(dict.fromkeys([*before["sides"], *results["sides"]]))
+    return {**before, "ceilings": results["ceilings"], "sides": sides}
+
+
 def fit(tokens: Sequence[int], seconds: Sequence[float]) -> dict[str, float]:
     """Exponent of seconds against tokens, and where the square term of a·T + b·T² is the larger."""
     n = torch.tensor(tokens, dtype=torch.float64) + TEXT
@@ -252,13 +263,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     sides = installed(arguments.sides)
+    if "stable-diffusion.cpp" in sides and arguments.depth != WIDTH // HEAD_WIDTH:
+        parser.error(
+            "stable-diffusion.cpp is as wide as it is deep: pass --depth 24, or leave it out"
+        )
     results: dict[str, Any] = {"processor": processor(), "threads": arguments.threads}
     results |= {"torch": torch.__version__, "depth": arguments.depth, "sides": sides, "work": {}}
     results["ceilings"] = ceilings(arguments.threads)
     before = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    same = ("processor", "threads", "torch", "depth", "sides")
-    if all(before.get(name) == results[name] for name in same):  # what is not measured again stays
-        results = before | {"ceilings": results["ceilings"]}
+    results = kept(before, results)
     for title in arguments.work:
         kind, options = (WORK | SMALL)[title]
         unable = DECODING_ALONE if kind == "step" else STEPS_ALONE

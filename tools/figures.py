@@ -45,7 +45,7 @@ ASPECTS = {"right": "all right", "noun": "things", "colour": "colours", "relatio
 GROUND = "ground, where named"  # which the others leave aside
 STYLES = ("o-", "^:", "s:", "d:")  # of the curves, one an aspect
 SPEEDS = (bench.RESULTS, bench.RESULTS.with_name("bench_amx.json"))
-PEERS = bench.RESULTS.with_name("bench_peers.json")
+PEERS = tuple(bench.RESULTS.with_name(f"bench_{name}.json") for name in ("openvino", "cpp"))
 ENCODERS = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
 COLUMNS = 6
 EXPLAINED = ("diffusers", "sd3-ref")
@@ -242,7 +242,7 @@ def main() -> None:
         "ablation": ablation_table(figures),
         "cost": cost_table(),
         "speed": speed_table(*SPEEDS),
-        "peers": speed_table(PEERS),
+        "peers": speed_table(*PEERS),
         "profile": profile_step.table(json.loads(profile_step.RESULTS.read_text())),
         "int8": int8_errors.table(json.loads(int8_errors.RESULTS.read_text())),
         "t5": bench_t5.table(json.loads(bench_t5.RESULTS.read_text())),
