@@ -13,6 +13,7 @@ import sd3min
 from sd3min.checkpoint import Checkpoint
 from sd3min.config import Refusal
 from sd3min.conventions import COMFYUI, DIFFUSERS
+from sd3min.fast.encoders import without_transformers
 from sd3min.fast.prompts import CachedEncoders, encoders_key, read
 
 SHORT, OTHER = "a red circle on white", "an orange heart!"
@@ -200,6 +201,14 @@ def test_the_key_is_that_of_files_tokenizers_and_type(opened, tmp_path):
         file.seek(1 << 19)
         file.write(bytes([byte ^ 1]))
     assert key() != keys[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoders_of_a_plan_and_plain_ones_share_no_entries(opened, dtype):
+    """Which differ in their last bits."""
+    plan = without_transformers(opened)
+    assert encoders_key(plan, dtype) != encoders_key(opened, dtype)
+    assert encoders_key(plan, dtype) == encoders_key(without_transformers(plan), dtype)
 
 
 def test_a_cache_of_opened_files_is_theirs(opened, encoders, tmp_path):
