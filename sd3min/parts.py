@@ -92,9 +92,7 @@ class Part:
     extras: dict[str, Stored] = field(default_factory=dict)  # known by name, but in no module
     recipes: Mapping[str, Recipe] = field(default_factory=dict)  # where the names are diffusers'
     loras: tuple[LoRAOrigin, ...] = ()  # that its tensors are changed by
-    make: Callable[[Any], nn.Module] | None = (
-        None  # of a plan of memory: its own module for the tensors
-    )
+    make: Callable[[Any], nn.Module] | None = None  # its module, where not the plain one
 
     @property
     def shapes(self) -> dict[str, list[int]]:

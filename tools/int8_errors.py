@@ -75,8 +75,8 @@ def root_mean_square(values: Sequence[float]) -> float:
 
 def cast(streams: Streams, dtype: torch.dtype) -> Streams:
     """Copies in a type; blocks write over their streams."""
-    image, context = (stream.to(dtype, copy=True) for stream in streams)
-    return image, context
+    context, image = (stream.to(dtype, copy=True) for stream in streams)
+    return context, image
 
 
 def velocities(
@@ -86,7 +86,7 @@ def velocities(
     dtype, step, streams = network.outer.pos_embed.dtype, 0, {}
 
     def begin(block: nn.Module, arguments: Any) -> None:
-        streams[block] = cast(arguments[:2], dtype)
+        streams[block] = cast(arguments[:2], dtype)  # before they are written over
 
     def end(block: nn.Module, arguments: Any, after: Streams) -> None:
         passed = Passed(streams.pop(block), cast(after, dtype), arguments[2:])

@@ -137,7 +137,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """In the type of the scales."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)
+        normed = F.rms_norm(wide, wide.shape[-1:], eps=EPSILON)
         return self.weight * normed.to(self.weight.dtype)
 
 
